@@ -1,0 +1,43 @@
+# Everything runs from a fresh clone with git, make and Python 3.11 or later.
+PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 python; do \
+	command -v $$p >/dev/null 2>&1 && \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+
+.PHONY: run test check bench torture lock clean
+
+run: .venv/installed ## install, set up and serve in the foreground
+	@exec $(BIN)/gunicorn -c gunicorn.conf.py
+
+test: .venv/dev-installed ## every test that can run here
+	@$(BIN)/python -m pytest
+
+check: .venv/dev-installed ## format, lint, types, as CI does
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+bench: .venv/dev-installed ## Farebox beside a bare pass-through
+	@$(BIN)/python bench/run.py
+	@$(BIN)/python bench/ledger.py
+
+torture: .venv/dev-installed ## the long sizes of the race and crash tests
+	@FAREBOX_TORTURE=1 $(BIN)/python -m pytest
+
+lock: .venv/dev-installed ## pin requirements.txt and all it needs, by hash
+	@$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \
+		--no-annotate --no-emit-index-url --quiet -o requirements.lock requirements.txt
+
+.venv/installed: requirements.lock
+	@test -n "$(PYTHON)" || { echo "Farebox needs Python 3.11 or later."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+		-r requirements.lock
+	@touch $@
+
+.venv/dev-installed: requirements-dev.txt .venv/installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean: ## remove what make built; the instance folder stays
+	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis

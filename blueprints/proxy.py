@@ -1,0 +1,83 @@
+"""The paid routes: a request in, `gateway.serve`, an answer out."""
+
+import re
+import time
+
+from flask import Blueprint, Response, g, request
+
+from blueprints.rendering import client_address, headers, instance, raw_path, request_id
+from core import errors, gateway
+from core.errors import Refusal
+
+blueprint = Blueprint("proxy", __name__)
+
+_CHUNK = 64 * 1024
+# A body that is too large is read and thrown away up to here, because a client that is still
+# sending would otherwise see its connection reset instead of the answer.
+_DRAIN_BYTES = 32 * 1024 * 1024
+_DRAIN_SECONDS = 10.0
+_UPLOAD_SECONDS = 300.0
+_QUERY = re.compile(r"[\x21-\x7e]*")
+
+
+@blueprint.before_app_request
+def pay() -> Response | None:
+    """Whatever Flask has no view for is a paid route, or nothing at all."""
+    if request.url_rule is not None or getattr(request.routing_exception, "code", None) == 405:
+        return None
+    query: str = request.environ.get("QUERY_STRING", "")
+    if not _QUERY.fullmatch(query):
+        raise errors.invalid_body("The query has characters that must be percent-encoded.")
+    reaction = gateway.serve(
+        instance(),
+        gateway.Request(
+            request_id(), g.call_id, request.method, raw_path(), query, headers(),
+            client_address(), read_body,
+        ),
+    )  # fmt: skip
+    response = Response(reaction.body, reaction.status)
+    del response.headers["Content-Type"]  # only what the upstream said, never Flask's default
+    response.headers.update(reaction.headers)
+    if reaction.close is not None:
+        response.call_on_close(reaction.close)
+    return response
+
+
+def read_body(limit: int) -> bytes:
+    """The request's body. Raises `body_too_large` past `limit` bytes, however it was sent.
+
+    The stream is read until it is empty, because Werkzeug would cut a chunked body at its limit
+    and say nothing.
+    """
+    declared = request.content_length
+    if declared is not None and declared > limit:
+        raise _too_large(limit, unread=declared)
+    deadline = time.monotonic() + _UPLOAD_SECONDS
+    parts: list[bytes] = []
+    size = 0
+    while chunk := request.stream.read(min(_CHUNK, limit + 1 - size)):
+        parts.append(chunk)
+        size += len(chunk)
+        if size > limit:
+            raise _too_large(limit, unread=None)
+        if time.monotonic() > deadline:
+            raise errors.invalid_body("The body did not arrive in time.")
+    if declared is not None and size < declared:
+        raise errors.invalid_body("The body is shorter than its Content-Length.")
+    return b"".join(parts)
+
+
+def _too_large(limit: int, unread: int | None) -> Refusal:
+    if unread is None or unread <= _DRAIN_BYTES:
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        drained = 0
+        while drained <= _DRAIN_BYTES and time.monotonic() < deadline:
+            chunk = request.stream.read(_CHUNK)
+            if not chunk:
+                break
+            drained += len(chunk)
+    return Refusal(
+        "body_too_large",
+        f"The body is larger than the {limit} bytes this route accepts.",
+        headers={"Connection": "close"},
+    )

@@ -1,0 +1,343 @@
+"""`flask …`: administration, usable while the instance serves."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from flask import Flask, current_app
+from flask.cli import AppGroup, with_appcontext
+
+from core import backup as backups
+from core import calls, clock, doctor, keys, ledger, tokens, users
+from core.adapters import Inbound
+from core.errors import Refusal
+from core.gateway import ADAPTERS
+from core.instance import Instance
+from core.keys import NewSecret, Terms
+from models import Tx
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+users_group = AppGroup("users", help="People who sign in.")
+keys_group = AppGroup("keys", help="API keys.")
+credits_group = AppGroup("credits", help="Balances. WHO is an e-mail or an acct_….")
+ledger_group = AppGroup("ledger", help="The books.")
+
+
+def register(app: Flask) -> None:
+    """Give the app its commands."""
+    for command in (users_group, keys_group, credits_group, ledger_group):
+        app.cli.add_command(command)
+    for single in (backup, restore, doctor_command, price):
+        app.cli.add_command(single)
+
+
+def instance() -> Instance:
+    found: Instance = current_app.extensions["farebox"]
+    return found
+
+
+def plainly(command: F) -> F:
+    """Tell a refusal as one line and exit code 1."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except Refusal as refusal:
+            raise click.ClickException(refusal.message) from refusal
+
+    return wrapper  # type: ignore[return-value]  # same signature, by functools.wraps
+
+
+def write(work: Callable[[Tx], Any]) -> Any:
+    return instance().db.write(work, durable=True)
+
+
+# users
+
+
+@users_group.command("add")
+@click.argument("email")
+@click.option("--operator", is_flag=True, help="May run this instance.")
+@click.option("--password-stdin", is_flag=True, help="Read the password from standard input.")
+@plainly
+def add_user(email: str, operator: bool, password_stdin: bool) -> None:
+    """Add a user, with an account of their own."""
+    address = users.checked_email(email)
+    hashed = None
+    if password_stdin:
+        hashed = users.hashed_password(sys.stdin.readline().rstrip("\r\n"), address)
+    now = clock.now_ms()
+    granted = instance().settings.instance.signup_credits
+
+    def work(tx: Tx) -> users.User:
+        user = users.add(tx, address, hashed, operator, now)
+        if granted:
+            reference = f"signup:{user.account_id}"
+            ledger.add_credits(tx, user.account_id, "signup", granted, reference, None, now)
+        return user
+
+    user = write(work)
+    click.echo(f"{user.email} {user.account_id}")
+
+
+@users_group.command("list")
+@plainly
+def list_users() -> None:
+    """One user a line: e-mail, account, whether operator."""
+    with instance().db.reading() as tx:
+        for user in users.every(tx):
+            click.echo(f"{user.email} {user.account_id}{' operator' if user.is_operator else ''}")
+
+
+@users_group.command("reset-link")
+@click.argument("who")
+@plainly
+def reset_link(who: str) -> None:
+    """Print a link, good once and for a day, to choose a new password."""
+    expires_at = clock.now_ms() + users.RESET_LIFE_MS
+
+    def work(tx: Tx) -> str:
+        account_id = users.account_of(tx, who)
+        user = users.owner_of(tx, account_id)
+        if user is None:
+            raise Refusal("not_found", f"Nobody owns {account_id} yet.")
+        return users.make_link(tx, "reset", account_id, user.id, expires_at)
+
+    click.echo(f"{instance().settings.public_url}/reset?token={write(work)}")
+
+
+# keys
+
+
+@keys_group.command("add")
+@click.argument("who")
+@click.option("--name", required=True)
+@click.option(
+    "--scope", "scopes", multiple=True, help="Repeat for several; none means every route."
+)
+@click.option("--expires", metavar="RFC3339")
+@click.option("--credit-limit", type=int)
+@click.option("--period", type=click.Choice(keys.PERIODS))
+@click.option("--rate", type=int, help="Requests per minute, instead of the default.")
+@plainly
+def add_key(
+    who: str, name: str, scopes: tuple[str, ...], expires: str | None, credit_limit: int | None,
+    period: str | None, rate: int | None,
+) -> None:  # fmt: skip
+    """Print a new API key, alone. It is not shown again."""
+    try:
+        expires_at = None if expires is None else clock.parse_rfc3339(expires)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--expires") from error
+    terms = Terms(name, list(scopes) or None, expires_at, credit_limit, period, rate)
+    secret = NewSecret(instance().settings.instance.key_prefix)
+    now = clock.now_ms()
+
+    def work(tx: Tx) -> None:
+        account_id = users.account_of(tx, who)
+        owner = users.owner_of(tx, account_id)
+        keys.add(tx, account_id, owner.id if owner else None, terms, secret, now)
+
+    write(work)
+    click.echo(secret.token)
+
+
+@keys_group.command("list")
+@click.argument("who", required=False)
+@plainly
+def list_keys(who: str | None) -> None:
+    """One key a line: id, start, status, account, name."""
+    now = clock.now_ms()
+    with instance().db.reading() as tx:
+        account_id = None if who is None else users.account_of(tx, who)
+        after = ""
+        while page := keys.page(tx, account_id, after, 500):
+            for key in page:
+                fields = (key.id, f"{key.start}…", key.status_at(now), key.account_id, key.name)
+                click.echo(" ".join(fields))
+            after = page[-1].id
+
+
+@keys_group.command("revoke")
+@click.argument("key_id", metavar="ID")
+@plainly
+def revoke_key(key_id: str) -> None:
+    """End a key for good, for the very next request."""
+    write(lambda tx: keys.revoke(tx, key_id))
+
+
+@keys_group.command("suspend")
+@click.argument("key_id", metavar="ID")
+@click.option("--reason")
+@plainly
+def suspend_key(key_id: str, reason: str | None) -> None:
+    """Stop a key until the operator resumes it."""
+    write(lambda tx: keys.suspend(tx, key_id, "operator", reason))
+
+
+@keys_group.command("resume")
+@click.argument("key_id", metavar="ID")
+@plainly
+def resume_key(key_id: str) -> None:
+    """Let a suspended key work again."""
+    write(lambda tx: keys.resume(tx, key_id, "operator"))
+
+
+# credits
+
+
+def _move(who: str, kind: str, credits: int, note: str | None) -> None:
+    now = clock.now_ms()
+    reference = tokens.new_id(kind)
+
+    def work(tx: Tx) -> ledger.Standing | None:
+        account_id = users.account_of(tx, who)
+        return ledger.add_credits(tx, account_id, kind, credits, reference, note, now)
+
+    after = write(work)
+    click.echo(f"{credits:+} credits; {after.available} available")
+
+
+@credits_group.command("grant")
+@click.argument("who")
+@click.argument("credits", metavar="N", type=click.IntRange(min=1))
+@click.option("--note")
+@plainly
+def grant(who: str, credits: int, note: str | None) -> None:
+    """Add credits to an account."""
+    _move(who, "grant", credits, note)
+
+
+@credits_group.command("adjust", context_settings={"ignore_unknown_options": True})
+@click.argument("who")
+@click.argument("credits", metavar="±N", type=int)
+@click.option("--note", required=True)
+@plainly
+def adjust(who: str, credits: int, note: str) -> None:
+    """Correct a balance, up or down, never below what is available."""
+    _move(who, "adjustment", credits, note)
+
+
+@credits_group.command("refund")
+@click.argument("request_id")
+@click.option("--note")
+@plainly
+def refund(request_id: str, note: str | None) -> None:
+    """Give the credits of one captured call back, once."""
+    now = clock.now_ms()
+
+    def work(tx: Tx) -> tuple[int, ledger.Standing]:
+        found = calls.ids_of_request(tx, request_id)
+        if not found:
+            raise Refusal("not_found", f"There is no call {request_id}.")
+        if len(found) > 1:
+            raise Refusal("conflict", f"Several calls have that id: {', '.join(found)}.")
+        return ledger.refund(tx, found[0], note, now)
+
+    credits, after = write(work)
+    click.echo(f"{credits:+} credits; {after.available} available")
+
+
+@credits_group.command("balance")
+@click.argument("who")
+@plainly
+def balance(who: str) -> None:
+    """Print the available credits, the number alone."""
+    with instance().db.reading() as tx:
+        click.echo(ledger.standing(tx, users.account_of(tx, who)).available)
+
+
+# the books
+
+
+@ledger_group.command("verify")
+@plainly
+def verify() -> None:
+    """Recompute every balance from its entries; exit 1 and say what does not add up."""
+    with instance().db.snapshot() as tx:
+        totals, faults = ledger.verify(tx)
+    for fault in faults:
+        click.echo(fault, err=True)
+    if faults:
+        raise click.ClickException(f"{len(faults)} faults: the books do not add up")
+    click.echo(
+        f"ok: {totals.accounts} accounts, {totals.entries} entries, {totals.calls} calls,"
+        f" balance {totals.balance}, held {totals.held}"
+    )
+
+
+# the instance
+
+
+@click.command("backup")
+@click.argument("file", type=click.Path(path_type=Path))
+@with_appcontext
+@plainly
+def backup(file: Path) -> None:
+    """Write one file with the database, the config and the generated secrets."""
+    try:
+        backups.backup(instance().db, instance().settings, file)
+    except (backups.BackupError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    click.echo(f"wrote {file}")
+
+
+@click.command("restore")
+@click.argument("file", type=click.Path(exists=True, path_type=Path))
+@with_appcontext
+@plainly
+def restore(file: Path) -> None:
+    """Put an instance back from a backup. The server must be stopped."""
+    folder = instance().settings.folder
+    instance().db.close()
+    try:
+        aside = backups.restore(folder, file)
+    except (backups.BackupError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+    moved = f"; what it replaced is in {aside}" if aside else ""
+    click.echo(f"restored into {folder}{moved}")
+
+
+@click.command("doctor")
+@with_appcontext
+@plainly
+def doctor_command() -> None:
+    """Check config, database, upstreams and prices: one line each; exit 1 when one is bad."""
+    findings = list(doctor.examine(instance()))
+    for finding in findings:
+        click.echo(f"{finding.verdict:<5} {finding.what}")
+    if any(finding.verdict == "bad" for finding in findings):
+        raise SystemExit(1)
+
+
+@click.command("price")
+@click.argument("route_path")
+@click.option("--method", help="When the path has several.")
+@click.option("--body", type=click.File("rb"), help="The body of the call; - for standard input.")
+@with_appcontext
+@plainly
+def price(route_path: str, method: str | None, body: Any) -> None:
+    """What a call would hold and cost."""
+    by_method = instance().catalog.methods_at(route_path)
+    if not by_method:
+        raise click.ClickException(f"there is no route at {route_path}")
+    chosen = method or sorted(by_method)[0]
+    route = instance().catalog.match(chosen, route_path)
+    content = body.read() if body else b""
+    inbound = Inbound(chosen, route_path, "", {}, content, "price")
+    order = ADAPTERS[route.adapter].order(route, inbound)
+    usd = instance().settings.usd_per_credit
+    held = route.price(order.units)
+    least = route.price(1) if route.per == "unit" else held
+    click.echo(f"route     {chosen} {route.path} per {route.per}, {route.credits} credits")
+    click.echo(f"units     {order.units}")
+    click.echo(f"holds     {held} credits (${usd * held:f})")
+    captured = f"{held}" if least == held else f"{least} to {held}"
+    click.echo(f"captures  {captured} credits on success, nothing on failure")
+    cost = route.cost(order.units)
+    click.echo(f"costs you {'$' + cost if cost else 'unknown (no cost_usd)'}")

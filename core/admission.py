@@ -1,0 +1,69 @@
+"""Transaction one of a paid call: everything that must be true before anything is sent."""
+
+from dataclasses import dataclass, replace
+
+from core import idempotency, keys, ledger, limits
+from core.access import Principal
+from core.adapters import Inbound
+from core.errors import Refusal
+from core.idempotency import Stored
+from core.ledger import NewCall, Standing
+from core.limits import Rate
+from models import Tx
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What was decided. Exactly one of `held`, `stored` and `refusal` is set; none of them means
+    that the credential changed after it was verified."""
+
+    rate: Rate | None
+    standing: Standing | None = None
+    held: bool = False
+    stored: Stored | None = None
+    refusal: Refusal | None = None
+
+
+def admit(
+    tx: Tx, principal: Principal, call: NewCall, fault: Refusal | None, inbound: Inbound,
+    most_calls: int,
+) -> Admission:  # fmt: skip
+    """Count the attempt, look for a stored answer, spend the limit, hold the credits: in the order
+    in which the contract says what wins. `fault` is what was wrong with the body, if anything.
+
+    A refusal is returned and not raised, so that the attempt stays counted.
+    """
+    now = call.created_at
+    rate = None
+    if principal.rate_limit is not None:
+        rate = limits.spend_rate(tx, principal.rate_subject, principal.rate_limit, now)
+        if rate.exceeded:
+            return Admission(rate, refusal=rate.refusal())
+    if principal.key is not None:
+        keys.note_use(tx, principal.key, now)
+    if fault is not None:
+        return Admission(rate, refusal=fault)
+    fingerprint = b""
+    if call.idempotency_key is not None:
+        fingerprint = idempotency.fingerprint(
+            call.method, inbound.path, inbound.query, inbound.body
+        )
+        found = idempotency.find(tx, call.account_id, call.idempotency_key, fingerprint, now)
+        if isinstance(found, Refusal):
+            return Admission(rate, refusal=found)
+        if found is not None:
+            return Admission(rate, ledger.standing(tx, call.account_id), stored=found)
+    if principal.limit is not None:
+        counted = limits.spend_credits(tx, principal.limit, call.held, now)
+        if isinstance(counted, Refusal):
+            return Admission(rate, refusal=counted)
+        call = replace(call, credit_window_at=counted)
+    held = ledger.hold(tx, call, principal.guard, most_calls)
+    if held is None:
+        if principal.limit is not None and call.credit_window_at is not None:
+            limits.release_credits(tx, principal.limit.subject, call.credit_window_at, call.held)
+        why = ledger.why_not_held(tx, call.account_id, call.held, most_calls)
+        return Admission(rate, refusal=why)
+    if call.idempotency_key is not None:
+        idempotency.claim(tx, call.account_id, call.idempotency_key, fingerprint, call.id, now)
+    return Admission(rate, held, held=True)

@@ -1,0 +1,61 @@
+"""A look at an instance from inside: what works, what does not, what costs more than it brings."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import apsw
+
+from core import ledger, upstream
+from core.errors import Refusal
+from core.instance import Instance
+
+_PATIENCE_SECONDS = 5
+
+
+class Finding(NamedTuple):
+    """`verdict` is `ok`, `warn` or `bad`."""
+
+    verdict: str
+    what: str
+
+
+def examine(instance: Instance) -> Iterator[Finding]:
+    """One finding a line: config, database, books, upstreams, prices."""
+    settings = instance.settings
+    routes = len(instance.catalog.routes)
+    yield Finding("ok" if routes else "warn", f"config: {settings.folder}, {routes} routes")
+    yield from _database(instance)
+    for name, section in settings.upstreams.items():
+        if section.kind == "sandbox":
+            yield Finding("ok", f"upstream {name}: sandbox, answers by itself")
+        else:
+            url = section.base_url or "https://api.twilio.com"
+            problem = upstream.reach(url, _PATIENCE_SECONDS)
+            yield Finding("bad" if problem else "ok", f"upstream {name}: {problem or 'reachable'}")
+    used = {route.upstream for route in settings.routes}
+    for name in sorted(set(settings.upstreams) - used):
+        yield Finding("warn", f"upstream {name}: no route uses it")
+    for route in instance.catalog.routes:
+        earned = settings.usd_per_credit * route.credits
+        if route.cost_usd is not None and route.cost_usd > earned:
+            yield Finding(
+                "warn", f"price {route.path}: costs ${route.cost_usd:f}, brings ${earned:f}"
+            )
+
+
+def _database(instance: Instance) -> Iterator[Finding]:
+    try:
+        instance.db.write(lambda tx: tx.run("UPDATE account SET balance = balance WHERE id = ''"))
+        with instance.db.snapshot() as tx:
+            check = tx.rows("PRAGMA quick_check(1)")[0][0]
+            totals, faults = ledger.verify(tx)
+    except Refusal as refusal:
+        yield Finding("bad", f"database: {refusal.message}")
+        return
+    version = apsw.sqlite_lib_version()
+    sound = check == "ok"
+    yield Finding("ok" if sound else "bad", f"database: SQLite {version}, check {check}")
+    yield Finding(
+        "bad" if faults else "ok",
+        faults[0] if faults else f"books: {totals.entries} entries add up",
+    )

@@ -1,0 +1,102 @@
+"""The instance folder, from nothing: config, secret, database; and what the first run prints."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from config import FILE_NAME, Settings
+from core import clock, keys, ledger, tokens, users
+from core.keys import NewSecret, Terms
+from models import Database, Tx
+
+STARTER_CREDITS = 100
+EXAMPLE = Path(__file__).parent.parent / "templates" / FILE_NAME
+
+
+class Welcome(NamedTuple):
+    """What the first run has made for the person who started it."""
+
+    setup_token: str
+    starter_key: str
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make what is missing of the instance folder. Safe when several processes do it at once."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _write_once(folder / FILE_NAME, EXAMPLE.read_text("utf-8"))
+    _write_once(folder / "secret_key", tokens.new_secret() + "\n")
+
+
+def welcome(db: Database, settings: Settings) -> Welcome | None:
+    """On the first run: an account with a starter key and a set-up link. None on any other."""
+    secret = NewSecret(settings.instance.key_prefix)
+    now = clock.now_ms()
+
+    def work(tx: Tx) -> Welcome | None:
+        if tx.row("SELECT 1 FROM account WHERE id <> :id", {"id": ledger.OPERATOR_ACCOUNT}):
+            return None
+        account_id = ledger.open_account(tx, now)
+        ledger.add_credits(
+            tx,
+            account_id,
+            "grant",
+            STARTER_CREDITS,
+            f"starter:{account_id}",
+            "starter credits",
+            now,
+        )
+        keys.add(tx, account_id, None, Terms("starter"), secret, now)
+        token = users.make_link(tx, "setup", account_id, None, now + users.SETUP_LIFE_MS)
+        return Welcome(token, secret.token)
+
+    return db.write(work, durable=True)
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Write a file, 0600, that nobody ever sees half written, unless there is one."""
+    if path.exists():
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(draft, path)  # fails when another process was first
+    except FileExistsError:
+        return
+    finally:
+        draft.unlink()
+
+
+def greeting(settings: Settings, made: Welcome, environ: Mapping[str, str]) -> str:
+    """What the first run prints: where to set up, what to paste."""
+    base = settings.public_url
+    lines = [
+        "",
+        "Farebox is running. Two things to do:",
+        "",
+        "1. Set up the dashboard's first user (this link works once, for 7 days):",
+        f"   {base}/setup?token={made.setup_token}",
+    ]
+    host, _, port = settings.bind.rpartition(":")
+    server = environ.get("SSH_CONNECTION", "").split(" ")
+    if host in ("127.0.0.1", "[::1]", "localhost") and len(server) == 4:
+        user = environ.get("USER") or "you"
+        lines += [
+            "   From your own machine, open a tunnel first:",
+            f"   ssh -L {port}:{settings.bind} {user}@{server[2]}",
+        ]
+    lines += [
+        "",
+        f"2. Make a paid call. This key has {STARTER_CREDITS} credits and is shown only now:",
+        "",
+        f"curl -sS {base}/api/v1/sms/send \\",
+        f"  -H 'Authorization: Bearer {made.starter_key}' \\",
+        "  -H 'Content-Type: application/json' \\",
+        """  -d '{"to": "+18148835337", "message": "hi"}'""",
+        "",
+    ]
+    return "\n".join(lines)

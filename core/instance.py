@@ -1,0 +1,46 @@
+"""What one process of a running instance keeps in hand."""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import cached_property
+
+from config import Settings
+from core import sandbox
+from core.catalog import Catalog, Route
+from core.incarnation import Incarnation
+from core.keys import Verifier
+from core.upstream import Outbound, Reply, Wires
+from models import Database, Tx
+
+
+class Instance:
+    """Settings, database, routes and connections. Made in each process, after any fork."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.db = Database(settings.database_path)
+        self.catalog = Catalog(settings)
+        self.verifier = Verifier()
+        # Endings that the database could not take when they happened; `upkeep` tries again.
+        self.unsettled: deque[Callable[[Tx], object]] = deque()
+        self._wires = Wires()
+        self._first_hold = threading.Lock()
+
+    def incarnation(self) -> str:
+        """The name of this process on its holds; taken at its first."""
+        with self._first_hold:
+            return self._incarnation.id
+
+    @cached_property
+    def _incarnation(self) -> Incarnation:
+        return Incarnation(self.settings.incarnations)
+
+    def send(self, route: Route, request: Outbound) -> Reply:
+        """The upstream's answer, from the network or the sandbox.
+
+        Raises `provider_error` or `provider_timeout`.
+        """
+        if route.upstream.kind == "sandbox":
+            return sandbox.send(request)
+        return self._wires.send(request)

@@ -1,0 +1,144 @@
+"""The upstream that answers by itself: for the first run and for tests of clients.
+
+Its answers look like a provider's and depend on the request alone, so a failure can be had on
+purpose: by the number a message goes to, or by `?status=` on any other path.
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import msgspec
+
+from core import errors
+from core.upstream import Outbound
+
+# Twilio's magic numbers (https://www.twilio.com/docs/iam/test-credentials), with its error codes.
+REFUSED_NUMBERS = {
+    "+15005550001": (21211, "The number is not a valid phone number."),
+    "+15005550002": (21612, "The number cannot be reached."),
+    "+15005550003": (21408, "Messages to this region are not permitted."),
+    "+15005550004": (21610, "The number is blocked."),
+    "+15005550009": (21614, "The number cannot receive SMS."),
+}
+# Ours: failures of the provider itself.
+FAILING_NUMBERS = {"+15005550429": 429, "+15005550500": 500, "+15005550503": 503}
+TIMEOUT_NUMBER = "+15005550504"
+
+
+class SandboxReply:
+    """An answer that is already here, whole or as a list of chunks."""
+
+    def __init__(self, status: int, headers: dict[str, str], chunks: list[bytes]) -> None:
+        self.status = status
+        self.headers = headers
+        self._chunks = chunks
+
+    def read(self, limit: int) -> tuple[bytes, bool]:
+        body, self._chunks = b"".join(self._chunks), []
+        return body, True
+
+    def chunks(self) -> Iterator[bytes]:
+        while self._chunks:
+            yield self._chunks.pop(0)
+
+    def close(self) -> None:
+        self._chunks = []
+
+
+def send(request: Outbound) -> SandboxReply:
+    """Answer a request as a provider would. Raises `provider_timeout` where asked to."""
+    parts = urlsplit(request.url)
+    try:
+        body = msgspec.json.decode(request.body) if request.body else None
+    except msgspec.DecodeError:
+        body = None
+    if parts.path.endswith("/chat/completions") and isinstance(body, dict):
+        return _chat(body)
+    if isinstance(body, dict) and set(body) == {"to", "message"}:
+        return _sms(str(body["to"]), str(body["message"]))
+    return _echo(request, body)
+
+
+def _json(status: int, value: Any, **headers: str) -> SandboxReply:
+    content = {"content-type": "application/json"} | {
+        name.replace("_", "-"): text for name, text in headers.items()
+    }
+    return SandboxReply(status, content, [json.dumps(value).encode()])
+
+
+def _sms(to: str, message: str) -> SandboxReply:
+    if to in REFUSED_NUMBERS:
+        code, words = REFUSED_NUMBERS[to]
+        return _json(400, {"code": code, "message": words, "status": 400})
+    if to in FAILING_NUMBERS:
+        status = FAILING_NUMBERS[to]
+        return _json(status, {"message": "The sandbox was asked to fail."}, retry_after="7")
+    if to == TIMEOUT_NUMBER:
+        raise errors.provider_timeout()
+    digest = hashlib.blake2b(f"{to}\n{message}".encode(), digest_size=16).hexdigest()
+    return _json(201, {"messageId": f"msg_{digest}", "status": "queued"})
+
+
+def _echo(request: Outbound, body: Any) -> SandboxReply:
+    parts = urlsplit(request.url)
+    query = parse_qs(parts.query)
+    status = query.get("status", ["200"])[0]
+    answer = {
+        "method": request.method,
+        "path": parts.path,
+        "query": query,
+        "json": body,
+        "body": base64.b64encode(request.body).decode() if body is None else None,
+    }
+    known = status.isascii() and status.isdigit() and 200 <= int(status[:4]) <= 599
+    return _json(int(status[:4]) if known else 200, answer)
+
+
+def _chat(body: dict[str, Any]) -> SandboxReply:
+    """An OpenAI chat completion that says back the last message, streamed when asked."""
+    messages = [m for m in body.get("messages") or [] if isinstance(m, dict)]
+    said = str(messages[-1].get("content", "")) if messages else ""
+    words = f"The sandbox heard: {said}".split(" ")
+    limit = body.get("max_completion_tokens") or body.get("max_tokens")
+    if isinstance(limit, int) and 0 < limit < len(words):
+        words, finish = words[:limit], "length"
+    else:
+        finish = "stop"
+    prompt = sum(len(str(m.get("content", "")).split()) for m in messages)
+    usage = {
+        "prompt_tokens": prompt,
+        "completion_tokens": len(words),
+        "total_tokens": prompt + len(words),
+    }
+    digest = hashlib.blake2b(repr(messages).encode(), digest_size=12).hexdigest()
+    head = {"id": f"chatcmpl-{digest}", "created": 1_700_000_000, "model": body.get("model")}
+    if body.get("stream") is not True:
+        message = {"role": "assistant", "content": " ".join(words)}
+        choice = {"index": 0, "message": message, "finish_reason": finish}
+        answer = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
+        return _json(200, answer)
+    head["object"] = "chat.completion.chunk"
+    events: list[Any] = [
+        {
+            **head,
+            "choices": [
+                {
+                    "index": 0,
+                    "delta": {"content": word if number == 0 else f" {word}"},
+                    "finish_reason": None,
+                }
+            ],
+        }
+        for number, word in enumerate(words)
+    ]
+    events.append({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+    options = body.get("stream_options")
+    if isinstance(options, dict) and options.get("include_usage") is True:
+        events.append({**head, "choices": [], "usage": usage})
+    chunks = [f"data: {json.dumps(event)}\n\n".encode() for event in events]
+    chunks.append(b"data: [DONE]\n\n")
+    return SandboxReply(200, {"content-type": "text/event-stream"}, chunks)

@@ -1,0 +1,112 @@
+"""One ending for every call, whichever way it leaves: captured or voided, once."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+from core import clock, errors, idempotency, ledger, limits
+from core.idempotency import Stored
+from core.instance import Instance
+from core.ledger import Outcome, Resolved, Standing
+from models import Tx
+
+log = logging.getLogger("farebox.settlement")
+
+
+def capture(
+    tx: Tx, call_id: str, credits: int, outcome: Outcome, answer: Stored | None, now: int
+) -> Resolved | None:
+    """Charge a held call and keep its answer for repeats, in one transaction."""
+    resolved = ledger.capture(tx, call_id, credits, outcome, now)
+    if resolved is not None:
+        _release_limit(tx, resolved)
+        if resolved.idempotency_key is not None:
+            key = resolved.idempotency_key
+            idempotency.keep(tx, resolved.account_id, key, call_id, answer)
+    return resolved
+
+
+def void(tx: Tx, call_id: str, outcome: Outcome) -> Resolved | None:
+    """Give a held call's credits back and free its idempotency key, in one transaction."""
+    resolved = ledger.void(tx, call_id, outcome)
+    if resolved is not None:
+        _release_limit(tx, resolved)
+        if resolved.idempotency_key is not None:
+            idempotency.release(tx, resolved.account_id, resolved.idempotency_key, call_id)
+    return resolved
+
+
+def _release_limit(tx: Tx, resolved: Resolved) -> None:
+    if resolved.credit_window_at is not None and resolved.key_id is not None and resolved.released:
+        limits.release_credits(tx, resolved.key_id, resolved.credit_window_at, resolved.released)
+
+
+class Settlement:
+    """The ending of one call in this process. Whatever is asked after the first does nothing."""
+
+    def __init__(self, instance: Instance, call_id: str) -> None:
+        self.call_id = call_id
+        self._instance = instance
+        self._started = clock.monotonic()
+        self._settled = False
+
+    def capture(self, credits: int, outcome: Outcome, answer: Stored | None) -> Standing | None:
+        """Charge; the account after it. On the disk when this returns.
+
+        Raises `storage_unavailable` when the database cannot; the hold is then voided as soon as
+        it can, because the caller is told that nothing was charged.
+        """
+        if self._settled:
+            return None
+        self._settled = True
+        outcome = self._timed(outcome)
+        now = clock.now_ms()
+        try:
+            resolved = self._instance.db.write(
+                lambda tx: capture(tx, self.call_id, credits, outcome, answer, now), durable=True
+            )
+        except errors.Refusal:
+            self._later(lambda tx: void(tx, self.call_id, outcome))
+            raise
+        return None if resolved is None else resolved.standing
+
+    def capture_sent(self, credits: int, outcome: Outcome, answer: Stored | None) -> None:
+        """Charge for an answer that is already delivered. Never raises: the charge is made later
+        when the database cannot take it now."""
+        if self._settled:
+            return
+        self._settled = True
+        outcome = self._timed(outcome)
+        now = clock.now_ms()
+
+        def work(tx: Tx) -> Resolved | None:
+            return capture(tx, self.call_id, credits, outcome, answer, now)
+
+        try:
+            self._instance.db.write(work, durable=True)
+        except errors.Refusal:
+            self._later(work)
+
+    def void(self, upstream_status: int | None = None) -> Standing | None:
+        """Give everything back; the account after it, or None when that must wait."""
+        if self._settled:
+            return None
+        self._settled = True
+        outcome = self._timed(Outcome(upstream_status, None))
+
+        def work(tx: Tx) -> Resolved | None:
+            return void(tx, self.call_id, outcome)
+
+        try:
+            resolved = self._instance.db.write(work)
+        except errors.Refusal:
+            self._later(work)
+            return None
+        return None if resolved is None else resolved.standing
+
+    def _later(self, work: Callable[[Tx], object]) -> None:
+        log.error("call %s could not be settled; it will be tried again", self.call_id)
+        self._instance.unsettled.append(work)
+
+    def _timed(self, outcome: Outcome) -> Outcome:
+        return replace(outcome, duration_ms=int((clock.monotonic() - self._started) * 1000))

@@ -1,0 +1,75 @@
+"""What must happen without anyone asking: orphans voided, late endings made, old rows pruned."""
+
+import logging
+import random
+import threading
+
+from core import calls, clock, errors, idempotency, incarnation, keys, limits, settlement
+from core.instance import Instance
+from core.ledger import Outcome
+from models import Tx
+
+log = logging.getLogger("farebox.upkeep")
+
+EVERY_SECONDS = 5.0
+ORPHANS_AT_ONCE = 200
+
+
+def void_orphans(instance: Instance) -> int:
+    """Void every hold of a worker that is gone, whatever took it; how many there were."""
+    with instance.db.reading() as tx:
+        held = calls.in_flight(tx)
+    folder = instance.settings.incarnations
+    gone = {name for name in {name for _, name in held} if not incarnation.is_alive(folder, name)}
+    orphans = [call_id for call_id, name in held if name in gone]
+    for start in range(0, len(orphans), ORPHANS_AT_ONCE):
+        batch = orphans[start : start + ORPHANS_AT_ONCE]
+
+        def work(tx: Tx, batch: list[str] = batch) -> None:
+            for call_id in batch:
+                settlement.void(tx, call_id, Outcome(None, None))
+
+        instance.db.write(work)
+    if orphans:
+        log.warning("voided %d holds of workers that are gone", len(orphans))
+    return len(orphans)
+
+
+def settle_late(instance: Instance) -> None:
+    """Try again what the database could not take when a call ended."""
+    for _ in range(len(instance.unsettled)):
+        work = instance.unsettled.popleft()
+        try:
+            instance.db.write(work, durable=True)
+        except errors.Refusal:
+            instance.unsettled.append(work)
+            return
+
+
+def tidy(instance: Instance) -> None:
+    """Write down what expired, forget what no request can read again."""
+    now = clock.now_ms()
+    instance.db.write(lambda tx: keys.latch_expired(tx, now))
+    instance.db.write(lambda tx: idempotency.prune(tx, now))
+    instance.db.write(lambda tx: limits.prune(tx, now))
+    instance.db.checkpoint()
+
+
+class Upkeep(threading.Thread):
+    """Does the rounds in one worker for as long as it lives. Two workers at it do no harm."""
+
+    def __init__(self, instance: Instance) -> None:
+        super().__init__(name="upkeep", daemon=True)
+        self._instance = instance
+
+    def run(self) -> None:
+        pause = threading.Event()
+        while True:
+            for duty in (settle_late, void_orphans, tidy):
+                try:
+                    duty(self._instance)
+                except errors.Refusal:
+                    log.warning("%s: the database is in trouble; trying again", duty.__name__)
+                except Exception:
+                    log.exception("%s failed; trying again", duty.__name__)
+            pause.wait(EVERY_SECONDS * random.uniform(0.8, 1.2))

@@ -1,0 +1,306 @@
+"""The outbound call and its hygiene.
+
+libcurl speaks HTTP; this module decides what it may do: no redirects, no proxies or credentials
+from the environment, TLS verified, one attempt for anything that is not idempotent, and a bound on
+every wait. A reply can be read whole or in chunks as they arrive.
+"""
+
+import logging
+import re
+import select
+import ssl
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import pycurl
+
+from core import clock, errors
+
+log = logging.getLogger("farebox.upstream")
+
+_IDLE_WIRES = 256
+_BUFFER_BYTES = 64 * 1024
+_HEADERS_LIMIT = 128
+_STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: .*)?\r?\n", re.DOTALL)
+_SAFE_VALUE = re.compile(r"[\x20-\x7e\t]*")
+_VERIFY = ssl.get_default_verify_paths()
+
+
+@dataclass(frozen=True, slots=True)
+class Outbound:
+    """A request to an upstream, complete."""
+
+    method: str
+    url: str
+    headers: list[tuple[str, str]]
+    body: bytes
+    timeout_seconds: float  # to connect, to the first byte, and the longest silence after it
+    max_seconds: float  # the whole call
+
+
+class Reply(Protocol):
+    """An upstream's answer whose head has arrived."""
+
+    status: int
+    headers: dict[str, str]  # by lower-case name; of a repeated one, the last
+
+    def read(self, limit: int) -> tuple[bytes, bool]:
+        """Up to about `limit` bytes of the body, and whether that was all of it.
+
+        Raises `provider_error` or `provider_timeout` when the body breaks off.
+        """
+
+    def chunks(self) -> Iterator[bytes]:
+        """What `read` has not returned, as it arrives. Raises as `read` does."""
+
+    def close(self) -> None:
+        """Let the connection go; harmless when repeated."""
+
+
+class Wires:
+    """This process's kept connections to upstreams."""
+
+    def __init__(self) -> None:
+        self._idle: deque[_Wire] = deque(maxlen=_IDLE_WIRES)
+
+    def send(self, request: Outbound) -> Reply:
+        """Send a request and wait for the head of the answer.
+
+        Raises `provider_error` or `provider_timeout`. Never called inside a transaction.
+        """
+        try:
+            wire = self._idle.pop()  # the most recently used: its connection is likeliest alive
+        except IndexError:
+            wire = _Wire()
+        return _HttpReply(self, wire, request)
+
+    def put_back(self, wire: "_Wire") -> None:
+        self._idle.append(wire)
+
+
+class _Wire:
+    """One libcurl multi handle with one transfer, driven by poll(2): no limit on descriptors."""
+
+    def __init__(self) -> None:
+        self.easy = pycurl.Curl()
+        self._multi = pycurl.CurlMulti()
+        self._poll = select.poll()
+        self._timer_ms = -1
+        self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._on_socket)
+        self._multi.setopt(pycurl.M_TIMERFUNCTION, self._on_timer)
+        self._multi.setopt(pycurl.M_MAXCONNECTS, 4)
+
+    def start(self) -> None:
+        self._multi.add_handle(self.easy)
+
+    def stop(self) -> None:
+        self._multi.remove_handle(self.easy)
+        self.easy.reset()  # also lets go of the callbacks, and so of the reply
+
+    def step(self, patience_ms: int) -> tuple[int, str] | bool:
+        """Wait for the network at most `patience_ms` and let libcurl act.
+
+        True: go on. False: the transfer is complete. A pair: libcurl's error code and words.
+        """
+        timer_ms = self._timer_ms
+        if timer_ms == 0:
+            self._timer_ms = -1
+            self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
+        else:
+            events = self._poll.poll(patience_ms if timer_ms < 0 else min(timer_ms, patience_ms))
+            for descriptor, event in events:
+                readable = pycurl.CSELECT_IN if event & ~select.POLLOUT else 0
+                writable = pycurl.CSELECT_OUT if event & select.POLLOUT else 0
+                self._multi.socket_action(descriptor, readable | writable)
+            if not events and 0 < timer_ms <= patience_ms:
+                self._timer_ms = -1
+                self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
+        _, done, failed = self._multi.info_read()
+        if failed:
+            return failed[0][1], failed[0][2]
+        return not done
+
+    def _on_socket(self, what: int, descriptor: int, _multi: object, _data: object) -> None:
+        if what == pycurl.POLL_REMOVE:
+            self._poll.unregister(descriptor)
+            return
+        events = select.POLLIN if what & pycurl.POLL_IN else 0
+        self._poll.register(descriptor, events | (select.POLLOUT if what & pycurl.POLL_OUT else 0))
+
+    def _on_timer(self, milliseconds: int) -> None:
+        self._timer_ms = milliseconds
+
+
+class _HttpReply:
+    """A reply over the network. One thread at a time reads it."""
+
+    def __init__(self, wires: Wires, wire: _Wire, request: Outbound) -> None:
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self._wires = wires
+        self._wire: _Wire | None = wire
+        self._request = request
+        self._sent = 0
+        self._head_done = False
+        self._complete = False
+        self._arrived: list[bytes] = []
+        self._quiet_until = 0.0
+        self._set_up(wire.easy)
+        wire.start()
+        try:
+            self._touch()
+            while not self._head_done and not self._complete:
+                self._advance()
+            if not self._head_done:
+                raise errors.provider_error("The upstream's answer has no head.")
+        except BaseException:
+            self.close()
+            raise
+
+    def read(self, limit: int) -> tuple[bytes, bool]:
+        size = sum(map(len, self._arrived))
+        while not self._complete and size <= limit:
+            have = len(self._arrived)
+            self._advance()
+            size += sum(map(len, self._arrived[have:]))
+        body, self._arrived = b"".join(self._arrived), []
+        if self._complete:
+            self.close()
+        return body, self._complete
+
+    def chunks(self) -> Iterator[bytes]:
+        while True:
+            arrived, self._arrived = self._arrived, []
+            yield from arrived
+            if self._complete:
+                self.close()
+                return
+            if not self._arrived:
+                self._advance()
+
+    def close(self) -> None:
+        wire, self._wire = self._wire, None
+        if wire is None:
+            return
+        wire.stop()  # closes the connection too when the answer was not read to its end
+        self._wires.put_back(wire)
+
+    def _advance(self) -> None:
+        """Let the transfer go on until something happens. Raises when it cannot."""
+        if self._wire is None:
+            raise errors.provider_error("The upstream's answer was given up.")
+        patience = self._quiet_until - clock.monotonic()
+        if patience <= 0:
+            self._fail(pycurl.E_OPERATION_TIMEDOUT, "silence")
+        state = self._wire.step(max(1, int(patience * 1000)))
+        if isinstance(state, tuple):
+            self._fail(*state)
+        elif state is False:
+            self._complete = True
+
+    def _fail(self, code: int, words: str) -> None:
+        log.warning("upstream %s: curl %d: %s", _origin(self._request.url), code, words)
+        self.close()
+        if code == pycurl.E_OPERATION_TIMEDOUT:
+            raise errors.provider_timeout()
+        if self._head_done:
+            raise errors.provider_error("The upstream broke its answer off. Nothing was charged.")
+        raise errors.provider_error("The upstream could not be reached. Nothing was charged.")
+
+    def _touch(self) -> None:
+        self._quiet_until = clock.monotonic() + self._request.timeout_seconds
+
+    # libcurl's callbacks
+
+    def _on_header(self, line: bytes) -> None:
+        self._touch()
+        if self._head_done:
+            return  # a trailer
+        start = _STATUS_LINE.fullmatch(line)
+        if start:
+            self.status = int(start[1])
+            self.headers = {}
+        elif line.strip():
+            name, _, value = line.decode("latin-1").partition(":")
+            value = value.strip()
+            # What could not be sent on as a header is not kept.
+            if _SAFE_VALUE.fullmatch(value) and len(self.headers) < _HEADERS_LIMIT:
+                self.headers[name.strip().lower()] = value
+        elif self.status >= 200:  # the heads before it were 1xx
+            self._head_done = True
+
+    def _on_body(self, data: bytes) -> None:
+        self._touch()
+        self._arrived.append(data)
+
+    def _on_send(self, size: int) -> bytes:
+        self._touch()
+        part = self._request.body[self._sent : self._sent + size]
+        self._sent += len(part)
+        return part
+
+    def _set_up(self, easy: pycurl.Curl) -> None:
+        request = self._request
+        set_option = easy.setopt
+        set_option(pycurl.URL, request.url)
+        set_option(pycurl.CUSTOMREQUEST, request.method)
+        headers = [f"{name}: {value}" if value else f"{name};" for name, value in request.headers]
+        headers += ["Accept-Encoding: identity", "Expect:"]
+        if request.method == "HEAD":
+            set_option(pycurl.NOBODY, 1)
+        elif request.body or request.method not in ("GET", "DELETE"):
+            set_option(pycurl.POST, 1)
+            set_option(pycurl.POSTFIELDSIZE_LARGE, len(request.body))
+            # The body comes from a callback that cannot be rewound. libcurl would otherwise send
+            # it again by itself when a kept connection dies, and a message would go out twice.
+            set_option(pycurl.READFUNCTION, self._on_send)
+            if not request.body:
+                set_option(pycurl.FRESH_CONNECT, 1)  # no body to rewind: no kept connection to die
+        elif request.method != "GET":
+            set_option(pycurl.FRESH_CONNECT, 1)
+        if not any(name.lower() == "content-type" for name, _ in request.headers):
+            headers.append("Content-Type:")
+        set_option(pycurl.HTTPHEADER, headers)
+        set_option(pycurl.HEADERFUNCTION, self._on_header)
+        set_option(pycurl.WRITEFUNCTION, self._on_body)
+        set_option(pycurl.CONNECTTIMEOUT_MS, int(request.timeout_seconds * 1000))
+        set_option(pycurl.TIMEOUT_MS, int(request.max_seconds * 1000))
+        set_option(pycurl.BUFFERSIZE, _BUFFER_BYTES)
+        set_option(pycurl.PATH_AS_IS, 1)
+        set_option(pycurl.USERAGENT, "farebox")
+        set_option(pycurl.HTTP_VERSION, pycurl.CURL_HTTP_VERSION_1_1)
+        _trust(easy)
+
+
+def _origin(url: str) -> str:
+    """Scheme and host of a URL: all of it that a log may have."""
+    return "/".join(url.split("/", 3)[:3])
+
+
+def reach(url: str, patience_seconds: int) -> str | None:
+    """Connect to an upstream, with TLS if it has it, and send nothing: the problem, or None."""
+    easy = pycurl.Curl()
+    easy.setopt(pycurl.URL, url)
+    easy.setopt(pycurl.CONNECT_ONLY, 1)
+    easy.setopt(pycurl.CONNECTTIMEOUT, patience_seconds)
+    _trust(easy)
+    try:
+        easy.perform()
+    except pycurl.error as error:
+        return easy.errstr() or str(error)
+    finally:
+        easy.close()
+    return None
+
+
+def _trust(easy: pycurl.Curl) -> None:
+    """How every connection is made: no proxy from the environment, the system's certificates."""
+    easy.setopt(pycurl.NOSIGNAL, 1)
+    easy.setopt(pycurl.PROXY, "")
+    easy.setopt(pycurl.PROTOCOLS, pycurl.PROTO_HTTP | pycurl.PROTO_HTTPS)
+    if _VERIFY.cafile:
+        easy.setopt(pycurl.CAINFO, _VERIFY.cafile)
+    if _VERIFY.capath:
+        easy.setopt(pycurl.CAPATH, _VERIFY.capath)

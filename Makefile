@@ -24,7 +24,7 @@ bench: .venv/dev-installed ## Farebox beside a bare pass-through
 torture: .venv/dev-installed ## the long sizes of the race and crash tests
 	@FAREBOX_TORTURE=1 $(BIN)/python -m pytest
 
-lock: .venv/dev-installed ## pin requirements.txt and all it needs, by hash
+lock: ## pin requirements.txt and all it needs, by hash
 	@$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-annotate --no-emit-index-url --quiet -o requirements.lock requirements.txt
 

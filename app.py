@@ -8,7 +8,7 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 
 import cli
 import config
-from blueprints import auth, credits, docs, health, proxy, rendering
+from blueprints import auth, cors, credits, docs, health, proxy, rendering
 from config import Settings
 from core import firstrun
 from core.errors import Refusal
@@ -40,7 +40,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.extensions["farebox"] = instance
 
     app.before_request(_check_host)
-    for blueprint in (proxy, credits, health, auth, docs):
+    for blueprint in (cors, proxy, credits, health, auth, docs):
         app.register_blueprint(blueprint.blueprint)
     app.after_request(_finish)
     app.register_error_handler(Refusal, rendering.refused)

@@ -307,6 +307,10 @@ def _check_upstream(at: str, upstream: UpstreamSection) -> None:
     for key in ("forward_headers", "return_headers"):
         for number, name in enumerate(getattr(upstream, key)):
             _check_header_name(f"{at}.{key}[{number}]", name)
+    ours = {"connection", "content-length", "date", "server", "set-cookie", "transfer-encoding"}
+    for number, name in enumerate(upstream.return_headers):
+        if name.lower() in ours or name.lower().startswith(("x-credits-", "x-ratelimit-")):
+            _fail(f"{at}.return_headers[{number}]", "this header of an answer is ours to set")
     credentials = {"authorization", "cookie", "proxy-authorization", "idempotency-key"}
     for number, name in enumerate(upstream.forward_headers):
         if name.lower() in credentials:

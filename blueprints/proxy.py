@@ -55,7 +55,7 @@ def read_body(limit: int) -> bytes:
     deadline = time.monotonic() + _UPLOAD_SECONDS
     parts: list[bytes] = []
     size = 0
-    while chunk := request.stream.read(min(_CHUNK, limit + 1 - size)):
+    while chunk := _receive(min(_CHUNK, limit + 1 - size)):
         parts.append(chunk)
         size += len(chunk)
         if size > limit:
@@ -67,12 +67,21 @@ def read_body(limit: int) -> bytes:
     return b"".join(parts)
 
 
+def _receive(size: int) -> bytes:
+    """The next part of the body. A sender that stalls or breaks off gets a 400 if it listens."""
+    try:
+        part: bytes = request.stream.read(size)
+    except OSError as error:
+        raise errors.invalid_body("The body did not arrive whole.") from error
+    return part
+
+
 def _too_large(limit: int, unread: int | None) -> Refusal:
     if unread is None or unread <= _DRAIN_BYTES:
         deadline = time.monotonic() + _DRAIN_SECONDS
         drained = 0
         while drained <= _DRAIN_BYTES and time.monotonic() < deadline:
-            chunk = request.stream.read(_CHUNK)
+            chunk = _receive(_CHUNK)
             if not chunk:
                 break
             drained += len(chunk)

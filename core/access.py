@@ -5,6 +5,7 @@ is charged, so there is no credential the meter does not see.
 """
 
 import hmac
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from core.keys import Key
 from core.ledger import OPERATOR_ACCOUNT, Guard, account_suspended
 from core.limits import CreditLimit, Rate
 from models import Tx
+
+log = logging.getLogger("farebox.access")
 
 LONGEST_CREDENTIAL = 8192
 _ALWAYS = Guard("TRUE", {})
@@ -60,6 +63,7 @@ def identify(instance: Instance, headers: Mapping[str, str], client: str) -> Pri
         )
     operator_key = instance.settings.operator_key
     if operator_key and hmac.compare_digest(token.encode(), operator_key.encode()):
+        log.info("the operator key was used from %s", client)
         return Principal("operator", OPERATOR_ACCOUNT, "operator", None, _ALWAYS)
     if token.startswith("eyJ"):
         raise errors.Refusal("invalid_token", "This session token is not valid.")

@@ -14,7 +14,8 @@ MIB = 1024 * 1024
 # another path upstream than the one that was priced.
 _SAFE_SUFFIX = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%/-]*", re.ASCII)
 _UNSAFE = re.compile(r"//|%2f|%5c|%00|%40|%(?![0-9a-f]{2})", re.ASCII | re.IGNORECASE)
-_DOTS = re.compile(r"(?:\.|%2e){1,2}", re.ASCII | re.IGNORECASE)
+# `..;x` is a dot segment too to servers that read path parameters.
+_DOTS = re.compile(r"(?:\.|%2e){1,2}(?:(?:;|%3b).*)?", re.ASCII | re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -104,6 +104,13 @@ class Settlement:
             return None
         return None if resolved is None else resolved.standing
 
+    def __del__(self) -> None:
+        # Nobody ended the call and nobody can any more: an error lost the answer on its way out.
+        # Only noted here, because this may run inside a transaction of the same thread.
+        if not self._settled:
+            call_id, outcome = self.call_id, self._timed(Outcome(None, None))
+            self._later(lambda tx: void(tx, call_id, outcome))
+
     def _later(self, work: Callable[[Tx], object]) -> None:
         log.error("call %s could not be settled; it will be tried again", self.call_id)
         self._instance.unsettled.append(work)

@@ -46,7 +46,8 @@ def hashed_password(password: str, email: str) -> str:
         raise errors.invalid_body(
             f"A password has {SHORTEST_PASSWORD} to {LONGEST_PASSWORD} characters.", "password"
         )
-    if email.partition("@")[0] in password.lower() or len(set(password)) < 5:
+    name = email.partition("@")[0]
+    if (len(name) > 3 and name in password.lower()) or len(set(password)) < 5:
         raise errors.invalid_body("That password is too easy to guess.", "password")
     return HASHER.hash(password)
 

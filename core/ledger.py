@@ -94,6 +94,12 @@ def open_account(tx: Tx, now: int) -> str:
     return account_id
 
 
+def has_accounts(tx: Tx) -> bool:
+    """Whether anybody but the operator key has an account."""
+    query = "SELECT 1 FROM account WHERE id <> :id LIMIT 1"
+    return tx.row(query, {"id": OPERATOR_ACCOUNT}) is not None
+
+
 def standing(tx: Tx, account_id: str) -> Standing:
     """Balance and held of an account. Raises `not_found`."""
     row = tx.row("SELECT balance, held FROM account WHERE id = :id", {"id": account_id})

@@ -2,7 +2,8 @@
 
 import sys
 
-from flask import Flask, Response, g, request
+from flask import Flask, Request, Response, request
+from flask.sessions import NullSession, SessionInterface, SessionMixin
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
@@ -19,6 +20,16 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
     " connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
+
+
+class NoSessions(SessionInterface):
+    """No request has a cookie session, so none is read, signed or sent."""
+
+    def open_session(self, app: Flask, request: Request) -> SessionMixin:
+        return NullSession()
+
+    def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
+        """Never called: a NullSession is not saved."""
 
 
 def create_app(settings: Settings | None = None) -> Flask:
@@ -39,8 +50,11 @@ def create_app(settings: Settings | None = None) -> Flask:
         config.exit_with(str(error))
     app.extensions["farebox"] = instance
 
+    app.session_interface = NoSessions()
     app.before_request(_check_host)
-    for blueprint in (cors, proxy, credits, health, auth, docs):
+    if settings.instance.cors_origins:
+        app.register_blueprint(cors.blueprint)
+    for blueprint in (proxy, credits, health, auth, docs):
         app.register_blueprint(blueprint.blueprint)
     app.after_request(_finish)
     app.register_error_handler(Refusal, rendering.refused)
@@ -56,21 +70,24 @@ def create_app(settings: Settings | None = None) -> Flask:
 
 def _check_host() -> None:
     """Refuse a Host this instance does not serve: it would end up in links and signatures."""
-    if request.path in ("/healthz", "/api/health"):
-        return
-    host = request.host.lower()
+    environ = request.environ
+    host: str = environ.get("HTTP_HOST", "").lower()
     name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
-    if name.strip("[]") not in rendering.instance().settings.hosts:
+    if name.strip("[]") in rendering.instance().hosts:
+        return
+    if environ["PATH_INFO"] not in ("/healthz", "/api/health"):
         raise Refusal("invalid_host", "This host is not served here.")
 
 
 def _finish(response: Response) -> Response:
     """What every answer carries."""
-    response.headers["X-Request-Id"] = rendering.request_id()
-    response.headers.update(g.get("rate_headers", {}))
-    response.headers.setdefault("Cache-Control", "no-store")
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    if response.mimetype == "text/html" and not request.path.startswith(("/api/", "/v1/")):
-        response.headers["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
-        response.headers["Referrer-Policy"] = "same-origin"
+    headers, environ = response.headers, request.environ
+    headers.add("X-Request-Id", rendering.request_ids(environ)[0])
+    headers.add("X-Content-Type-Options", "nosniff")
+    headers.add("Content-Security-Policy", CONTENT_SECURITY_POLICY)
+    headers.add("Referrer-Policy", "same-origin")
+    if "Cache-Control" not in headers:
+        headers.add("Cache-Control", "no-store")
+    for name, value in environ.get("farebox.rate_headers", {}).items():
+        headers.add(name, value)
     return response

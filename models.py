@@ -201,6 +201,7 @@ class Database:
         tx = self._tx
         level = _FULL if any(job.durable for job in batch) else _NORMAL
         if level != self._synchronous:
+            # apsw prepares a PRAGMA anew each time, which is when SQLite obeys this one.
             tx.run(f"PRAGMA synchronous = {level}")
             self._synchronous = level
         tx.run("BEGIN IMMEDIATE")

@@ -21,7 +21,7 @@ def preflight() -> Response | None:
     wanted = request.headers.get("Access-Control-Request-Method")
     if request.method != "OPTIONS" or wanted is None or not _allowed():
         return None
-    known = request.url_rule is not None or instance().catalog.methods_at(raw_path())
+    known = request.url_rule is not None or instance().catalog.methods_at(raw_path(request.environ))
     if not known:
         raise errors.not_found()
     response = Response(status=204)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from decimal import Decimal
 from typing import Any
 
-from flask import Blueprint, Response, g, request
+from flask import Blueprint, Response, request
 
 from blueprints.rendering import client_address, headers, instance, json_response
 from core import access, calls, clock, errors, ledger
@@ -19,9 +19,11 @@ MOST_PER_PAGE = 100
 
 def reader() -> Principal:
     """Who is asking; its rate-limit headers go on the answer."""
-    principal, rate = access.read(instance(), headers(), client_address())
+    principal, rate = access.read(
+        instance(), headers(request.environ), client_address(request.environ)
+    )
     if rate is not None:
-        g.rate_headers = rate.headers()
+        request.environ["farebox.rate_headers"] = rate.headers()
     return principal
 
 

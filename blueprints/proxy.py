@@ -3,9 +3,9 @@
 import re
 import time
 
-from flask import Blueprint, Response, g, request
+from flask import Blueprint, Response, request
 
-from blueprints.rendering import client_address, headers, instance, raw_path, request_id
+from blueprints.rendering import client_address, headers, instance, raw_path, request_ids
 from core import errors, gateway
 from core.errors import Refusal
 
@@ -25,19 +25,21 @@ def pay() -> Response | None:
     """Whatever Flask has no view for is a paid route, or nothing at all."""
     if request.url_rule is not None or getattr(request.routing_exception, "code", None) == 405:
         return None
-    query: str = request.environ.get("QUERY_STRING", "")
+    environ = request.environ
+    query: str = environ.get("QUERY_STRING", "")
     if not _QUERY.fullmatch(query):
         raise errors.invalid_body("The query has characters that must be percent-encoded.")
+    request_id, call_id = request_ids(environ)
     reaction = gateway.serve(
         instance(),
         gateway.Request(
-            request_id(), g.call_id, request.method, raw_path(), query, headers(),
-            client_address(), read_body,
+            request_id, call_id, environ["REQUEST_METHOD"], raw_path(environ), query,
+            headers(environ), client_address(environ), read_body,
         ),
     )  # fmt: skip
-    response = Response(reaction.body, reaction.status)
-    del response.headers["Content-Type"]  # only what the upstream said, never Flask's default
-    response.headers.update(reaction.headers)
+    response = Response(reaction.body, reaction.status, reaction.headers)
+    if "Content-Type" not in reaction.headers:
+        del response.headers["Content-Type"]  # only what the upstream said, never Flask's default
     if reaction.close is not None:
         response.call_on_close(reaction.close)
     return response
@@ -50,12 +52,14 @@ def read_body(limit: int) -> bytes:
     and say nothing.
     """
     declared = request.content_length
+    if declared == 0:
+        return b""
     if declared is not None and declared > limit:
         raise _too_large(limit, unread=declared)
     deadline = time.monotonic() + _UPLOAD_SECONDS
     parts: list[bytes] = []
     size = 0
-    while chunk := _receive(min(_CHUNK, limit + 1 - size)):
+    while size != declared and (chunk := _receive(min(_CHUNK, limit + 1 - size))):
         parts.append(chunk)
         size += len(chunk)
         if size > limit:
@@ -64,7 +68,7 @@ def read_body(limit: int) -> bytes:
             raise errors.invalid_body("The body did not arrive in time.")
     if declared is not None and size < declared:
         raise errors.invalid_body("The body is shorter than its Content-Length.")
-    return b"".join(parts)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _receive(size: int) -> bytes:

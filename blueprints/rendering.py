@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flask import Response, current_app, g, request
+from flask import Response, current_app, request
 from werkzeug.exceptions import HTTPException
 
 from core import errors, tokens
@@ -26,17 +26,21 @@ def instance() -> Instance:
 
 def request_id() -> str:
     """The id of this request: the caller's own when it is sane, else one of ours."""
-    if "request_id" not in g:
-        g.call_id = tokens.new_id("req")
-        incoming = request.headers.get("X-Request-Id", "")
-        g.request_id = incoming if _SANE_ID.fullmatch(incoming) else g.call_id
-    found: str = g.request_id
-    return found
+    return request_ids(request.environ)[0]
 
 
-def headers() -> Mapping[str, str]:
+def request_ids(environ: dict[str, Any]) -> tuple[str, str]:
+    """As `request_id`, and beside it one that is always ours."""
+    ids: tuple[str, str] | None = environ.get("farebox.ids")
+    if ids is None:
+        ours = tokens.new_id("req")
+        incoming = environ.get("HTTP_X_REQUEST_ID", "")
+        ids = environ["farebox.ids"] = (incoming if _SANE_ID.fullmatch(incoming) else ours, ours)
+    return ids
+
+
+def headers(environ: dict[str, Any]) -> Mapping[str, str]:
     """The request's headers by lower-case name."""
-    environ = request.environ
     found = {
         name[5:].replace("_", "-").lower(): value
         for name, value in environ.items()
@@ -48,13 +52,14 @@ def headers() -> Mapping[str, str]:
     return found
 
 
-def client_address() -> str:
-    return request.remote_addr or "-"
+def client_address(environ: dict[str, Any]) -> str:
+    found: str = environ.get("REMOTE_ADDR") or "-"
+    return found
 
 
-def raw_path() -> str:
+def raw_path(environ: dict[str, Any]) -> str:
     """The path as it was sent, before any decoding."""
-    target: str = request.environ.get("RAW_URI") or request.environ.get("REQUEST_URI") or "/"
+    target: str = environ.get("RAW_URI") or environ.get("REQUEST_URI") or "/"
     return target.partition("?")[0].partition("#")[0]
 
 
@@ -67,7 +72,7 @@ def json_response(value: Any, status: int = 200, **extra: str) -> Response:
 def refused(refusal: Refusal) -> Response:
     """The answer to a refusal, in the dialect of the path."""
     settings = instance().settings
-    dialect = instance().catalog.dialect_at(raw_path())
+    dialect = instance().catalog.dialect_at(raw_path(request.environ))
     body = refusal.body(dialect, request_id(), f"{settings.public_url}/docs/errors")
     response = json_response(body, refusal.kind.status)
     response.headers.update(refusal.all_headers())

@@ -8,7 +8,7 @@ import hmac
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from core import clock, errors, keys, limits, tokens
 from core.instance import Instance
@@ -24,8 +24,7 @@ _ALWAYS = Guard("TRUE", {})
 _VISIBLE = re.compile(r"[\x20-\x2b\x2d-\x7e]*")  # no comma: two headers arrive joined by one
 
 
-@dataclass(frozen=True, slots=True)
-class Principal:
+class Principal(NamedTuple):
     """Whoever a credential stands for, and the terms under which it may spend."""
 
     payer: str  # `api_key` or `operator`

@@ -1,6 +1,6 @@
 """Transaction one of a paid call: everything that must be true before anything is sent."""
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from core import idempotency, keys, ledger, limits
 from core.access import Principal
@@ -12,8 +12,7 @@ from core.limits import Rate
 from models import Tx
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
+class Admission(NamedTuple):
     """What was decided. Exactly one of `held`, `stored` and `refusal` is set; none of them means
     that the credential changed after it was verified."""
 
@@ -57,7 +56,7 @@ def admit(
         counted = limits.spend_credits(tx, principal.limit, call.held, now)
         if isinstance(counted, Refusal):
             return Admission(rate, refusal=counted)
-        call = replace(call, credit_window_at=counted)
+        call = call._replace(credit_window_at=counted)
     held = ledger.hold(tx, call, principal.guard, most_calls)
     if held is None:
         if principal.limit is not None and call.credit_window_at is not None:

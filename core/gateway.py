@@ -6,6 +6,7 @@
 import errno
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from core import access, clock, errors, idempotency
 from core.access import Principal
@@ -29,8 +30,7 @@ _OPERATORS_FAULT = frozenset({401, 403, 407})
 _NO_LIMIT = 10**9
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What arrived at the door."""
 
     id: str
@@ -137,8 +137,7 @@ def _charge(principal: Principal, credits: int, standing: Standing | None) -> di
     return headers
 
 
-@dataclass(frozen=True, slots=True)
-class _Road:
+class _Road(NamedTuple):
     """A held call on its way to the upstream and back. It ends settled, whatever happens."""
 
     instance: Instance

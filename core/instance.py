@@ -21,6 +21,7 @@ class Instance:
         self.settings = settings
         self.db = Database(settings.database_path)
         self.catalog = Catalog(settings)
+        self.hosts = settings.hosts
         self.verifier = Verifier()
         # Endings that the database could not take when they happened; `upkeep` tries again.
         self.unsettled: deque[Callable[[Tx], object]] = deque()

@@ -11,7 +11,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import argon2
 
@@ -40,8 +40,7 @@ _NO_PREVIOUS = "previous_hash = NULL, previous_lookup = NULL, previous_until = N
 _FROM = " FROM api_key k JOIN account a ON a.id = k.account_id"
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
+class Key(NamedTuple):
     """A row of `api_key`, with the state of its account."""
 
     id: str

@@ -5,7 +5,6 @@ stand in WHERE and CHECK, never in a read followed by a write, so no race can pa
 whole credits. A function whose first argument is `tx` runs in the caller's transaction.
 """
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from core import clock, errors, tokens
@@ -26,8 +25,7 @@ class Standing(NamedTuple):
         return self.balance - self.held
 
 
-@dataclass(frozen=True, slots=True)
-class Guard:
+class Guard(NamedTuple):
     """A condition on other tables that must still hold when credits are set aside.
 
     `sql` is a boolean expression over named parameters; the module that owns the table writes it.
@@ -37,8 +35,7 @@ class Guard:
     params: dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class NewCall:
+class NewCall(NamedTuple):
     """What is known of a call when its credits are set aside."""
 
     id: str
@@ -58,8 +55,7 @@ class NewCall:
     credit_window_at: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How a call ended, for its record."""
 
     upstream_status: int | None

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 
 from core import clock, errors, idempotency, ledger, limits
 from core.idempotency import Stored
@@ -116,4 +115,4 @@ class Settlement:
         self._instance.unsettled.append(work)
 
     def _timed(self, outcome: Outcome) -> Outcome:
-        return replace(outcome, duration_ms=int((clock.monotonic() - self._started) * 1000))
+        return outcome._replace(duration_ms=int((clock.monotonic() - self._started) * 1000))

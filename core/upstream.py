@@ -11,8 +11,7 @@ import select
 import ssl
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import pycurl
 
@@ -28,8 +27,7 @@ _SAFE_VALUE = re.compile(r"[\x20-\x7e\t]*")
 _VERIFY = ssl.get_default_verify_paths()
 
 
-@dataclass(frozen=True, slots=True)
-class Outbound:
+class Outbound(NamedTuple):
     """A request to an upstream, complete."""
 
     method: str

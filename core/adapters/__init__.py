@@ -1,15 +1,14 @@
 """What a route speaks with its caller, whatever its upstream speaks."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
 from core.catalog import Route
 from core.upstream import Outbound, Reply
 
 
-@dataclass(frozen=True, slots=True)
-class Inbound:
+class Inbound(NamedTuple):
     """A caller's request to a paid route: parsed, trusted in nothing."""
 
     method: str
@@ -20,8 +19,7 @@ class Inbound:
     request_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Order:
+class Order(NamedTuple):
     """What a request asks for, priced at most."""
 
     units: int
@@ -37,7 +35,6 @@ class Answer:
     body: bytes = b""
     units: int = 1  # what it turned out to be, for a charged answer
     estimated: bool = False
-    notes: dict[str, str] = field(default_factory=dict)
 
 
 class Adapter(Protocol):

@@ -84,8 +84,9 @@ def _finish(response: Response) -> Response:
     headers, environ = response.headers, request.environ
     headers.add("X-Request-Id", rendering.request_ids(environ)[0])
     headers.add("X-Content-Type-Options", "nosniff")
-    headers.add("Content-Security-Policy", CONTENT_SECURITY_POLICY)
-    headers.add("Referrer-Policy", "same-origin")
+    if response.content_type != "application/json":  # whatever a browser might show
+        headers.add("Content-Security-Policy", CONTENT_SECURITY_POLICY)
+        headers.add("Referrer-Policy", "same-origin")
     if "Cache-Control" not in headers:
         headers.add("Cache-Control", "no-store")
     for name, value in environ.get("farebox.rate_headers", {}).items():

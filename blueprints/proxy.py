@@ -20,6 +20,12 @@ _UPLOAD_SECONDS = 300.0
 _QUERY = re.compile(r"[\x21-\x7e]*")
 
 
+class PaidResponse(Response):
+    """An answer whose headers are the upstream's and ours: Flask adds no type of its own."""
+
+    default_mimetype = None
+
+
 @blueprint.before_app_request
 def pay() -> Response | None:
     """Whatever Flask has no view for is a paid route, or nothing at all."""
@@ -37,9 +43,7 @@ def pay() -> Response | None:
             headers(environ), client_address(environ), read_body,
         ),
     )  # fmt: skip
-    response = Response(reaction.body, reaction.status, reaction.headers)
-    if "Content-Type" not in reaction.headers:
-        del response.headers["Content-Type"]  # only what the upstream said, never Flask's default
+    response = PaidResponse(reaction.body, reaction.status, reaction.headers)
     if reaction.close is not None:
         response.call_on_close(reaction.close)
     return response

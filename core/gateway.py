@@ -94,7 +94,8 @@ def _read(route: Route, adapter: Adapter, request: Request) -> Inbound:
 def _order(route: Route, adapter: Adapter, inbound: Inbound) -> tuple[Order, Refusal | None]:
     """What is asked for. What is wrong with it is kept, to be said only after the rate limit."""
     try:
-        idempotency.checked_key(inbound.headers.get("idempotency-key"))
+        if inbound.method == "POST":
+            idempotency.check_key(inbound.headers.get("idempotency-key"))
         return adapter.order(route, inbound), None
     except Refusal as fault:
         return Order(1), fault

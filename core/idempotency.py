@@ -26,15 +26,12 @@ class Stored:
     body: bytes
 
 
-def checked_key(header: str | None) -> str | None:
-    """The key a caller sent, or None. Raises `validation_error` for anything but visible ASCII."""
-    if header is None:
-        return None
-    if not _KEY.fullmatch(header):
+def check_key(key: str | None) -> None:
+    """Raises `validation_error` for a key that is anything but visible ASCII."""
+    if key is not None and not _KEY.fullmatch(key):
         raise errors.invalid_body(
             "An Idempotency-Key has 1 to 255 visible ASCII characters.", "idempotency-key"
         )
-    return header
 
 
 def fingerprint(method: str, path: str, query: str, body: bytes) -> bytes:

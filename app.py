@@ -1,5 +1,6 @@
 """The application: wiring only."""
 
+import re
 import sys
 
 from flask import Flask, Request, Response, request
@@ -14,8 +15,9 @@ from config import Settings
 from core import firstrun
 from core.errors import Refusal
 from core.instance import Instance
-from models import SchemaTooNew
 
+# A name or an IPv6 address in brackets, and perhaps a port (RFC 9110, 7.2).
+_HOST = re.compile(r"(?:([a-z0-9._-]+)|\[([0-9a-f:.]+)\])(?::[0-9]{1,5})?")
 CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
     " connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -44,10 +46,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.secret_key = settings.secret_key
     app.url_map.merge_slashes = False
     instance = Instance(settings)
-    try:
-        instance.db.migrate()
-    except SchemaTooNew as error:
-        config.exit_with(str(error))
+    instance.migrate()
     app.extensions["farebox"] = instance
 
     app.session_interface = NoSessions()
@@ -71,9 +70,8 @@ def create_app(settings: Settings | None = None) -> Flask:
 def _check_host() -> None:
     """Refuse a Host this instance does not serve: it would end up in links and signatures."""
     environ = request.environ
-    host: str = environ.get("HTTP_HOST", "").lower()
-    name = host.rpartition(":")[0] if ":" in host and not host.endswith("]") else host
-    if name.strip("[]") in rendering.instance().hosts:
+    host = _HOST.fullmatch(environ.get("HTTP_HOST", "").lower())
+    if host is not None and (host[1] or host[2]) in rendering.instance().hosts:
         return
     if environ["PATH_INFO"] not in ("/healthz", "/api/health"):
         raise Refusal("invalid_host", "This host is not served here.")

@@ -1,6 +1,7 @@
 """`flask …`: administration, usable while the instance serves."""
 
 import functools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import click
 from flask import Flask, current_app
 from flask.cli import AppGroup, with_appcontext
 
+import config
 from core import backup as backups
 from core import calls, clock, doctor, keys, ledger, tokens, users
 from core.adapters import Inbound
@@ -18,6 +20,23 @@ from core.gateway import ADAPTERS
 from core.instance import Instance
 from core.keys import NewSecret, Terms
 from models import Tx
+
+
+class WholeNumber(click.ParamType):
+    """An integer in ASCII digits; Python's own `int` would also read `1_0` and `٣`."""
+
+    name = "integer"
+
+    def __init__(self, signed: bool = False) -> None:
+        self._form = re.compile(r"[+-]?[0-9]{1,16}" if signed else r"[0-9]{1,16}")
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> int:
+        if isinstance(value, int):
+            return value
+        if not self._form.fullmatch(value):
+            self.fail(f"{value!r} is not a whole number.", param, ctx)
+        return int(value)
+
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -36,7 +55,10 @@ def register(app: Flask) -> None:
 
 
 def instance() -> Instance:
+    """The instance, with a database that can be used."""
     found: Instance = current_app.extensions["farebox"]
+    if found.trouble is not None:
+        config.exit_with(found.trouble)
     return found
 
 
@@ -121,9 +143,9 @@ def reset_link(who: str) -> None:
     "--scope", "scopes", multiple=True, help="Repeat for several; none means every route."
 )
 @click.option("--expires", metavar="RFC3339")
-@click.option("--credit-limit", type=int)
+@click.option("--credit-limit", type=WholeNumber())
 @click.option("--period", type=click.Choice(keys.PERIODS))
-@click.option("--rate", type=int, help="Requests per minute, instead of the default.")
+@click.option("--rate", type=WholeNumber(), help="Requests per minute, instead of the default.")
 @plainly
 def add_key(
     who: str, name: str, scopes: tuple[str, ...], expires: str | None, credit_limit: int | None,
@@ -205,7 +227,7 @@ def _move(who: str, kind: str, credits: int, note: str | None) -> None:
 
 @credits_group.command("grant")
 @click.argument("who")
-@click.argument("credits", metavar="N", type=click.IntRange(min=1))
+@click.argument("credits", metavar="N", type=WholeNumber())
 @click.option("--note")
 @plainly
 def grant(who: str, credits: int, note: str | None) -> None:
@@ -215,7 +237,7 @@ def grant(who: str, credits: int, note: str | None) -> None:
 
 @credits_group.command("adjust", context_settings={"ignore_unknown_options": True})
 @click.argument("who")
-@click.argument("credits", metavar="±N", type=int)
+@click.argument("credits", metavar="±N", type=WholeNumber(signed=True))
 @click.option("--note", required=True)
 @plainly
 def adjust(who: str, credits: int, note: str) -> None:
@@ -293,8 +315,9 @@ def backup(file: Path) -> None:
 @plainly
 def restore(file: Path) -> None:
     """Put an instance back from a backup. The server must be stopped."""
-    folder = instance().settings.folder
-    instance().db.close()
+    broken: Instance = current_app.extensions["farebox"]  # or not; it is about to be replaced
+    folder = broken.settings.folder
+    broken.db.close()
     try:
         aside = backups.restore(folder, file)
     except (backups.BackupError, OSError) as error:
@@ -308,7 +331,7 @@ def restore(file: Path) -> None:
 @plainly
 def doctor_command() -> None:
     """Check config, database, upstreams and prices: one line each; exit 1 when one is bad."""
-    findings = list(doctor.examine(instance()))
+    findings = list(doctor.examine(current_app.extensions["farebox"]))
     for finding in findings:
         click.echo(f"{finding.verdict:<5} {finding.what}")
     if any(finding.verdict == "bad" for finding in findings):

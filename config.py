@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
 
 import msgspec
@@ -31,6 +31,24 @@ OWN_PATHS = frozenset(
     }
 )  # fmt: skip
 
+# Headers that belong to one connection (RFC 9110, 7.6.1) and to its framing.
+_CONNECTION = frozenset(
+    {"connection", "content-length", "host", "keep-alive", "proxy-connection", "te", "trailer",
+     "transfer-encoding", "upgrade", "expect"}
+)  # fmt: skip
+# What a caller sends to us alone, and what only we say in an answer.
+_CREDENTIALS = frozenset(
+    {"authorization", "cookie", "proxy-authorization", "idempotency-key", "x-payment",
+     "payment-signature", "payment-retry", "payment-recovery", "signature", "signature-input"}
+)  # fmt: skip
+_OURS = frozenset(
+    {"cache-control", "content-security-policy", "date", "idempotent-replayed",
+     "referrer-policy", "server", "set-cookie", "vary", "www-authenticate",
+     "x-content-type-options", "x-request-id", "x-should-retry"}
+)  # fmt: skip
+_OUR_PREFIXES = ("access-control-", "payment-", "x-credits-", "x-payment", "x-ratelimit-")
+
+S = TypeVar("S", bound="_Section")
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Credits = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
@@ -47,7 +65,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 
 class InstanceSection(_Section, frozen=True):
-    key_prefix: Annotated[str, msgspec.Meta(pattern="^[a-z][a-z0-9]{0,15}$")] = "fare"
+    key_prefix: Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9]{0,15}\Z")] = "fare"
     usd_per_credit: str = "0.01"
     signup: Literal["closed", "open"] = "closed"
     signup_credits: Credits = 0
@@ -86,7 +104,7 @@ class RouteSection(_Section, frozen=True):
     credits: Credits
     adapter: Literal["forward", "sms"] = "forward"
     upstream_path: str | None = None
-    scope: Annotated[str, msgspec.Meta(pattern="^[a-z0-9][A-Za-z0-9._:/-]{0,99}$")] | None = None
+    scope: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][A-Za-z0-9._:/-]{0,99}\Z")] | None = None
     per: Literal["call", "sms_segment", "unit"] = "call"
     units: UnitsSection | None = None
     dialect: Literal["flat", "object"] | None = None
@@ -156,10 +174,19 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     """Read the instance folder and the environment. Raises ConfigError."""
     environ = os.environ if environ is None else environ
     folder = instance_folder(environ)
-    file, interpolated = _read_file(folder / FILE_NAME, environ)
-    _check(file)
+    interpolated: set[str] = set()
+    try:
+        file = _read_file(folder / FILE_NAME, environ, interpolated)
+        _check(file)
+    except ConfigError as error:
+        # What came from the environment may be a secret, and this line goes to a log.
+        text = str(error)
+        for value in sorted(interpolated, key=len, reverse=True):
+            text = text.replace(value, "…")
+        raise ConfigError(text) from None
     bind = environ.get("FAREBOX_BIND") or "127.0.0.1:8402"
-    if not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}", bind):
+    bound = re.fullmatch(r"(?:\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})", bind)
+    if bound is None or not 1 <= int(bound[1]) <= 65_535:
         raise ConfigError(f"FAREBOX_BIND: expected host:port, got {bind!r}")
     public_url = (environ.get("FAREBOX_PUBLIC_URL") or f"http://{bind}").rstrip("/")
     _check_url("FAREBOX_PUBLIC_URL", public_url)
@@ -210,7 +237,7 @@ def exit_with(problem: str) -> NoReturn:
 # The file
 
 
-def _read_file(path: Path, environ: Mapping[str, str]) -> tuple[_File, set[str]]:
+def _read_file(path: Path, environ: Mapping[str, str], interpolated: set[str]) -> _File:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError:
@@ -221,12 +248,20 @@ def _read_file(path: Path, environ: Mapping[str, str]) -> tuple[_File, set[str]]
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path.name}: not TOML: {error}") from error
-    interpolated: set[str] = set()
     raw = _interpolate(raw, "$", environ, interpolated)
+    upstreams = raw.get("upstreams")
+    if isinstance(upstreams, dict):
+        # One by one, because msgspec's path does not say which entry of a table it means.
+        for name, table in upstreams.items():
+            _convert(table, UpstreamSection, f"$.upstreams.{name}")
+    return _convert(raw, _File, "$")
+
+
+def _convert(raw: Any, shape: type[S], at: str) -> S:
     try:
-        return msgspec.convert(raw, _File), interpolated
+        return msgspec.convert(raw, shape)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path.name}: {_explain(str(error))}") from error
+        raise ConfigError(f"{FILE_NAME}: {_explain(str(error), at)}") from error
 
 
 def _interpolate(value: Any, path: str, environ: Mapping[str, str], found: set[str]) -> Any:
@@ -248,10 +283,13 @@ def _interpolate(value: Any, path: str, environ: Mapping[str, str], found: set[s
     return re.sub(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}", variable, value)
 
 
-def _explain(message: str) -> str:
-    """msgspec's `problem - at $.path` as `$.path: problem`."""
+def _explain(message: str, at: str) -> str:
+    """msgspec's `problem - at $.path` as `$.path: problem`, with what was expected."""
     problem, _, path = message.partition(" - at ")
-    path = path.strip("`") or "$"
+    path = at + path.strip("`").removeprefix("$")
+    if problem.startswith("Invalid enum value"):
+        key = re.sub(r"\[[0-9]+\]", "", path).rpartition(".")[2]
+        problem += f", expected one of {', '.join(_choices()[key])}"
     unknown = re.search(r"unknown field `(.+)`", problem)
     if unknown:
         return f"{path}.{unknown[1]}: unknown key"
@@ -261,12 +299,27 @@ def _explain(message: str) -> str:
     return f"{path}: {problem[0].lower()}{problem[1:]}"
 
 
+def _choices() -> dict[str, tuple[str, ...]]:
+    """The values a key may have, for keys that are one of a few."""
+    found: dict[str, tuple[str, ...]] = {"methods": get_args(Method)}
+    for section in (InstanceSection, UpstreamSection, UnitsSection, RouteSection):
+        hints = get_type_hints(section)
+        for field in msgspec.structs.fields(section):
+            for hint in (hints[field.name], *get_args(hints[field.name])):
+                if get_origin(hint) is Literal:
+                    found[field.encode_name] = get_args(hint)
+    return found
+
+
 # What types alone cannot say
 
 
 def _check(file: _File) -> None:
     for name, upstream in file.upstreams.items():
         _check_upstream(f"$.upstreams.{name}", upstream)
+    for number, host in enumerate(file.instance.hosts):
+        if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?|[0-9a-fA-F:]+", host):
+            _fail(f"$.instance.hosts[{number}]", f"expected a host name, no port, got {host!r}")
     for number, origin in enumerate(file.instance.cors_origins):
         _check_url(f"$.instance.cors_origins[{number}]", origin, path=False)
     taken: dict[tuple[str, str], str] = {}
@@ -307,14 +360,12 @@ def _check_upstream(at: str, upstream: UpstreamSection) -> None:
     for key in ("forward_headers", "return_headers"):
         for number, name in enumerate(getattr(upstream, key)):
             _check_header_name(f"{at}.{key}[{number}]", name)
-    ours = {"connection", "content-length", "date", "server", "set-cookie", "transfer-encoding"}
     for number, name in enumerate(upstream.return_headers):
-        if name.lower() in ours or name.lower().startswith(("x-credits-", "x-ratelimit-")):
+        if name.lower() in _CONNECTION | _OURS or name.lower().startswith(_OUR_PREFIXES):
             _fail(f"{at}.return_headers[{number}]", "this header of an answer is ours to set")
-    credentials = {"authorization", "cookie", "proxy-authorization", "idempotency-key"}
     for number, name in enumerate(upstream.forward_headers):
-        if name.lower() in credentials:
-            _fail(f"{at}.forward_headers[{number}]", "a caller's credentials are never forwarded")
+        if name.lower() in _CONNECTION | _CREDENTIALS or name.lower().startswith("x-forwarded-"):
+            _fail(f"{at}.forward_headers[{number}]", "this header is never passed on")
 
 
 def _check_route(at: str, route: RouteSection, upstreams: dict[str, UpstreamSection]) -> None:
@@ -383,7 +434,7 @@ def _check_url(at: str, url: str, path: bool = True) -> None:
             re.fullmatch(r"[\x21-\x7e]+", url)
             and parts.scheme in ("http", "https")
             and parts.hostname
-            and (parts.port is None or parts.port > 0)
+            and parts.port != 0
             and not (parts.query or parts.fragment or parts.username or parts.password)
             and (path or not parts.path)
         )
@@ -411,7 +462,8 @@ def _decimal(at: str, text: str) -> Decimal:
 
 
 def _fail(at: str, problem: str) -> NoReturn:
-    raise ConfigError(f"{FILE_NAME}: {at}: {problem}")
+    file = f"{FILE_NAME}: " if at.startswith("$") else ""
+    raise ConfigError(f"{file}{at}: {problem}")
 
 
 # The environment

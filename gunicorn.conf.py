@@ -4,7 +4,8 @@ import os
 import socket
 import sys
 
-from config import instance_folder, load_or_exit
+import serving
+from config import exit_with, instance_folder, load_or_exit
 from core import firstrun
 from core.instance import Instance
 from core.upkeep import Upkeep
@@ -16,7 +17,7 @@ wsgi_app = "app:create_app()"
 bind = _settings.bind
 workers = _settings.workers
 threads = _settings.threads
-worker_class = "gthread"
+worker_class = "serving.Worker"
 worker_connections = 1000 + threads
 keepalive = 65  # longer than the idle time of the usual proxies in front
 graceful_timeout = 30
@@ -38,10 +39,16 @@ logconfig_dict = {
             "fmt": "%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s",
         }
     },
+    "filters": {"calm": {"()": lambda: serving.calm}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "masked"}},
     "root": {"level": "WARNING", "handlers": ["stderr"]},
     "loggers": {
-        "gunicorn.error": {"level": "INFO", "handlers": ["stderr"], "propagate": False},
+        "gunicorn.error": {
+            "level": "INFO",
+            "handlers": ["stderr"],
+            "filters": ["calm"],
+            "propagate": False,
+        },
         "gunicorn.access": {"level": "CRITICAL", "handlers": [], "propagate": False},
         "farebox": {"level": "INFO"},
     },
@@ -49,7 +56,7 @@ logconfig_dict = {
 
 # A peer that stops sending or reading in the middle of a message gives its thread back after
 # this long. Accepted sockets inherit the option from the listener.
-_STALLED_SECONDS = 10
+_STALLED_SECONDS = 7
 
 
 def when_ready(server):
@@ -67,13 +74,17 @@ def when_ready(server):
 
 
 def post_worker_init(worker):
-    Upkeep(worker.wsgi.extensions["farebox"]).start()
+    instance = worker.wsgi.extensions["farebox"]
+    instance.incarnation()  # from now on `restore` knows that somebody serves
+    Upkeep(instance).start()
 
 
 def _greet():
     """On the first run: the set-up link and a curl that works."""
     instance = Instance(_settings)
-    instance.db.migrate()
+    instance.migrate()
+    if instance.trouble is not None:
+        exit_with(instance.trouble)
     found = firstrun.welcome(instance.db, _settings)
     instance.db.close()
     if found is not None:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from typing import Any
 
 from flask import Blueprint, Response, request
@@ -113,7 +113,8 @@ def _standing(principal: Principal) -> Standing:
 
 def _dollars(credits: int) -> str:
     """The exact worth of so many credits, with at least the two places of a cent."""
-    worth = instance().settings.usd_per_credit * credits
-    exponent = worth.as_tuple().exponent
-    assert isinstance(exponent, int)  # a finite number's is
-    return format(worth.quantize(Decimal("0.01")) if exponent > -2 else worth, "f")
+    with localcontext(prec=60):  # the default of 28 digits could round the largest balances
+        worth = instance().settings.usd_per_credit * credits
+        exponent = worth.as_tuple().exponent
+        assert isinstance(exponent, int)  # a finite number's is
+        return format(worth.quantize(Decimal("0.01")) if exponent > -2 else worth, "f")

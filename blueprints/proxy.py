@@ -1,6 +1,5 @@
 """The paid routes: a request in, `gateway.serve`, an answer out."""
 
-import re
 import time
 
 from flask import Blueprint, Response, request
@@ -17,13 +16,13 @@ _CHUNK = 64 * 1024
 _DRAIN_BYTES = 32 * 1024 * 1024
 _DRAIN_SECONDS = 10.0
 _UPLOAD_SECONDS = 300.0
-_QUERY = re.compile(r"[\x21-\x7e]*")
 
 
 class PaidResponse(Response):
     """An answer whose headers are the upstream's and ours: Flask adds no type of its own."""
 
     default_mimetype = None
+    automatically_set_content_length = False  # which would be wrong for HEAD (RFC 9110, 8.6)
 
 
 @blueprint.before_app_request
@@ -32,18 +31,18 @@ def pay() -> Response | None:
     if request.url_rule is not None or getattr(request.routing_exception, "code", None) == 405:
         return None
     environ = request.environ
-    query: str = environ.get("QUERY_STRING", "")
-    if not _QUERY.fullmatch(query):
-        raise errors.invalid_body("The query has characters that must be percent-encoded.")
     request_id, call_id = request_ids(environ)
     reaction = gateway.serve(
         instance(),
         gateway.Request(
-            request_id, call_id, environ["REQUEST_METHOD"], raw_path(environ), query,
+            request_id, call_id, environ["REQUEST_METHOD"], raw_path(environ),
+            environ.get("QUERY_STRING", ""),
             headers(environ), client_address(environ), read_body,
         ),
     )  # fmt: skip
     response = PaidResponse(reaction.body, reaction.status, reaction.headers)
+    if isinstance(reaction.body, bytes) and environ["REQUEST_METHOD"] != "HEAD":
+        response.content_length = len(reaction.body)
     if reaction.close is not None:
         response.call_on_close(reaction.close)
     return response

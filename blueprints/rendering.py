@@ -72,7 +72,7 @@ def json_response(value: Any, status: int = 200, **extra: str) -> Response:
 def refused(refusal: Refusal) -> Response:
     """The answer to a refusal, in the dialect of the path."""
     settings = instance().settings
-    dialect = instance().catalog.dialect_at(raw_path(request.environ))
+    dialect = instance().catalog.dialect_at(request.method, raw_path(request.environ))
     body = refusal.body(dialect, request_id(), f"{settings.public_url}/docs/errors")
     response = json_response(body, refusal.kind.status)
     response.headers.update(refusal.all_headers())

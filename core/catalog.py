@@ -4,16 +4,20 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
-import msgspec
-
 from config import RouteSection, Settings, UnitsSection, UpstreamSection
-from core import errors
+from core import errors, strict_json
 
 MIB = 1024 * 1024
 # What may follow a wildcard. Dot segments, encoded separators and empty segments could reach
 # another path upstream than the one that was priced.
 _SAFE_SUFFIX = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%/-]*", re.ASCII)
-_UNSAFE = re.compile(r"//|%2f|%5c|%00|%40|%(?![0-9a-f]{2})", re.ASCII | re.IGNORECASE)
+_UNSAFE = re.compile(
+    r"//|%2f|%5c|%00|%40|%(?![0-9a-f]{2})"
+    # A letter, digit or -._~ written as %XX means the same to the upstream (RFC 3986, 6.2.2.2),
+    # and could spell a path with a price of its own.
+    r"|%(?:2d|2e|3[0-9]|4[1-9a-f]|5[0-9a]|5f|6[1-9a-f]|7[0-9a]|7e)",
+    re.ASCII | re.IGNORECASE,
+)
 # `..;x` is a dot segment too to servers that read path parameters.
 _DOTS = re.compile(r"(?:\.|%2e){1,2}(?:(?:;|%3b).*)?", re.ASCII | re.IGNORECASE)
 
@@ -94,11 +98,11 @@ class Catalog:
                 return by_method
         return {}
 
-    def dialect_at(self, path: str) -> str:
-        """The dialect in which errors at this path are told."""
-        for route in self.methods_at(path).values():
-            return route.dialect
-        return errors.dialect_of(path)
+    def dialect_at(self, method: str, path: str) -> str:
+        """The dialect in which errors of such a request are told."""
+        by_method = self.methods_at(path)
+        route = by_method.get(method) or next(iter(by_method.values()), None)
+        return errors.dialect_of(path) if route is None else route.dialect
 
     def match(self, method: str, path: str) -> Route:
         """The route of a request. Raises `not_found` or `method_not_allowed`."""
@@ -131,8 +135,8 @@ def _route(section: RouteSection, settings: Settings) -> Route:
 def units_in_json(units: UnitsSection, body: bytes) -> int | None:
     """The whole number at the pointer (RFC 6901) in a JSON answer, within 1 and `max`, or None."""
     try:
-        value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
+        value = strict_json.decode(body)
+    except strict_json.NotJson:
         return None
     for part in (units.pointer or "").split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")
@@ -149,9 +153,10 @@ def units_in_json(units: UnitsSection, body: bytes) -> int | None:
 
 def units_in_header(units: UnitsSection, value: str | None) -> int | None:
     """The whole number in a response header, within 1 and `max`, or None."""
-    if value is None or not re.fullmatch(r"-?[0-9]{1,15}", value.strip(" \t"), re.ASCII):
+    found = re.fullmatch(r"[ \t]*(-?)0*([0-9]+)[ \t]*", value or "", re.ASCII)
+    if found is None:
         return None
-    return _within(int(value), units.max)
+    return 1 if found[1] else _within(int(found[2][:15]), units.max)
 
 
 def _within(value: int, most: int) -> int:

@@ -44,6 +44,9 @@ def examine(instance: Instance) -> Iterator[Finding]:
 
 
 def _database(instance: Instance) -> Iterator[Finding]:
+    if instance.trouble is not None:
+        yield Finding("bad", f"database: {instance.trouble}")
+        return
     try:
         instance.db.write(lambda tx: limits.prune(tx, clock.now_ms()))
         with instance.db.snapshot() as tx:

@@ -31,6 +31,7 @@ KINDS: dict[str, Kind] = {
     "insufficient_credits": Kind(402, _PAYMENT, False, "The account has fewer credits available than the call would set aside: see `credits` and `required`. Nothing was charged and nothing was sent upstream."),
     "key_suspended": Kind(403, _PERMISSION, False, "The key is suspended; `reason` says why. Its owner or the operator can resume it."),
     "account_suspended": Kind(403, _PERMISSION, False, "The account is suspended; `reason` says why. Ask the operator."),
+    "forbidden": Kind(403, _PERMISSION, False, "The change is not yours to make: what the operator suspended, only the operator resumes."),
     "missing_scope": Kind(403, _PERMISSION, False, "The key may not call this route; `required` names the scope it lacks."),
     "credit_limit_reached": Kind(403, _PERMISSION, False, "The key's own spending limit is used up: see `limit`, `period` and `resets_at`."),
     "not_found": Kind(404, _REQUEST, False, "There is nothing here, or it belongs to another account."),

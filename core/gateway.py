@@ -4,6 +4,7 @@
 """
 
 import errno
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,6 +29,7 @@ WHOLE_BYTES = MIB
 # These speak of the operator's credentials upstream, which are not the caller's business.
 _OPERATORS_FAULT = frozenset({401, 403, 407})
 _NO_LIMIT = 10**9
+_QUERY = re.compile(r"[\x21-\x7e]*")
 
 
 class Request(NamedTuple):
@@ -94,6 +96,8 @@ def _read(route: Route, adapter: Adapter, request: Request) -> Inbound:
 def _order(route: Route, adapter: Adapter, inbound: Inbound) -> tuple[Order, Refusal | None]:
     """What is asked for. What is wrong with it is kept, to be said only after the rate limit."""
     try:
+        if not _QUERY.fullmatch(inbound.query):
+            raise errors.invalid_body("The query has characters that must be percent-encoded.")
         if inbound.method == "POST":
             idempotency.check_key(inbound.headers.get("idempotency-key"))
         return adapter.order(route, inbound), None
@@ -215,7 +219,10 @@ class _Road(NamedTuple):
             self.route.cost(answer.units),
         )  # fmt: skip
         keeps = self.call.idempotency_key is not None
-        passage = _Passage(reply, settlement, first, price, outcome, answer.headers, keeps)
+        chunks = reply.chunks()
+        # An upstream that fails before its first byte is still answered with an error.
+        first = first or next(chunks, b"")
+        passage = _Passage(reply, chunks, settlement, first, price, outcome, answer.headers, keeps)
         return Reaction(reply.status, headers, passage.chunks(), passage.close)
 
 
@@ -223,10 +230,11 @@ class _Passage:
     """A body passed on as it arrives, and charged when it ends, however that is."""
 
     def __init__(
-        self, reply: Reply, settlement: Settlement, first: bytes, price: int, outcome: Outcome,
-        headers: list[tuple[str, str]], keeps: bool,
+        self, reply: Reply, chunks: Iterator[bytes], settlement: Settlement, first: bytes,
+        price: int, outcome: Outcome, headers: list[tuple[str, str]], keeps: bool,
     ) -> None:  # fmt: skip
         self._reply = reply
+        self._chunks = chunks
         self._settlement = settlement
         self._first = first
         self._price = price
@@ -243,7 +251,7 @@ class _Passage:
             if self._first:
                 yield self._note(self._first)
                 self._delivered = True
-            for chunk in self._reply.chunks():
+            for chunk in self._chunks:
                 yield self._note(chunk)
                 self._delivered = True
         except Refusal as refusal:

@@ -5,13 +5,15 @@ from collections import deque
 from collections.abc import Callable
 from functools import cached_property
 
+import apsw
+
 from config import Settings
 from core import sandbox
 from core.catalog import Catalog, Route
 from core.incarnation import Incarnation
 from core.keys import Verifier
 from core.upstream import Outbound, Reply, Wires
-from models import Database, Tx
+from models import Database, SchemaTooNew, Tx
 
 
 class Instance:
@@ -22,11 +24,20 @@ class Instance:
         self.db = Database(settings.database_path)
         self.catalog = Catalog(settings)
         self.hosts = settings.hosts
+        self.trouble: str | None = None  # why the database cannot be used
         self.verifier = Verifier()
         # Endings that the database could not take when they happened; `upkeep` tries again.
         self.unsettled: deque[Callable[[Tx], object]] = deque()
         self._wires = Wires()
         self._first_hold = threading.Lock()
+
+    def migrate(self) -> None:
+        """Bring the database up to date; what is in the way is kept as `trouble`, because `restore`
+        and `doctor` are needed most when it cannot be opened."""
+        try:
+            self.db.migrate()
+        except (SchemaTooNew, apsw.Error, OSError) as error:
+            self.trouble = f"the database cannot be used: {error}"
 
     def incarnation(self) -> str:
         """The name of this process on its holds; taken at its first."""

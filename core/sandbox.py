@@ -11,9 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import msgspec
-
-from core import errors
+from core import errors, strict_json
 from core.upstream import Outbound
 
 # Twilio's magic numbers (https://www.twilio.com/docs/iam/test-credentials), with its error codes.
@@ -53,8 +51,8 @@ def send(request: Outbound) -> SandboxReply:
     """Answer a request as a provider would. Raises `provider_timeout` where asked to."""
     parts = urlsplit(request.url)
     try:
-        body = msgspec.json.decode(request.body) if request.body else None
-    except msgspec.DecodeError:
+        body = strict_json.decode(request.body) if request.body else None
+    except strict_json.NotJson:
         body = None
     if parts.path.endswith("/chat/completions") and isinstance(body, dict):
         return _chat(body)
@@ -100,7 +98,8 @@ def _echo(request: Outbound, body: Any) -> SandboxReply:
 
 def _chat(body: dict[str, Any]) -> SandboxReply:
     """An OpenAI chat completion that says back the last message, streamed when asked."""
-    messages = [m for m in body.get("messages") or [] if isinstance(m, dict)]
+    sent = body.get("messages")
+    messages = [m for m in sent if isinstance(m, dict)] if isinstance(sent, list) else []
     said = str(messages[-1].get("content", "")) if messages else ""
     words = f"The sandbox heard: {said}".split(" ")
     limit = body.get("max_completion_tokens") or body.get("max_tokens")

@@ -61,21 +61,26 @@ class Wires:
     """This process's kept connections to upstreams."""
 
     def __init__(self) -> None:
-        self._idle: deque[_Wire] = deque(maxlen=_IDLE_WIRES)
+        self._idle: dict[str, deque[_Wire]] = {}
 
     def send(self, request: Outbound) -> Reply:
         """Send a request and wait for the head of the answer.
 
         Raises `provider_error` or `provider_timeout`. Never called inside a transaction.
         """
-        try:
-            wire = self._idle.pop()  # the most recently used: its connection is likeliest alive
-        except IndexError:
-            wire = _Wire()
-        return _HttpReply(self, wire, request)
+        idle = self._idle.setdefault(_origin(request.url), deque(maxlen=_IDLE_WIRES))
+        return _HttpReply(idle, self._take(idle), request)
 
-    def put_back(self, wire: "_Wire") -> None:
-        self._idle.append(wire)
+    def _take(self, idle: "deque[_Wire]") -> "_Wire":
+        """The most recently used wire whose connection is alive, or a new one."""
+        while True:
+            try:
+                wire = idle.pop()
+            except IndexError:
+                return _Wire()
+            if wire.is_quiet():
+                return wire
+            wire.close()
 
 
 class _Wire:
@@ -86,9 +91,26 @@ class _Wire:
         self._multi = pycurl.CurlMulti()
         self._poll = select.poll()
         self._timer_ms = -1
+        self._descriptor = -1
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._on_socket)
         self._multi.setopt(pycurl.M_TIMERFUNCTION, self._on_timer)
-        self._multi.setopt(pycurl.M_MAXCONNECTS, 4)
+        self._multi.setopt(pycurl.M_MAXCONNECTS, 1)
+
+    def is_quiet(self) -> bool:
+        """Whether nothing came over the kept connection since its last answer, not even its end.
+
+        What came would be read as the answer to the next request. libcurl looks for itself, but at
+        most once a second.
+        """
+        if self._descriptor < 0:
+            return True
+        poll = select.poll()
+        poll.register(self._descriptor, select.POLLIN)
+        return not poll.poll(0)
+
+    def close(self) -> None:
+        self._multi.close()
+        self.easy.close()
 
     def start(self) -> None:
         self._multi.add_handle(self.easy)
@@ -124,6 +146,7 @@ class _Wire:
         if what == pycurl.POLL_REMOVE:
             self._poll.unregister(descriptor)
             return
+        self._descriptor = descriptor
         events = select.POLLIN if what & pycurl.POLL_IN else 0
         self._poll.register(descriptor, events | (select.POLLOUT if what & pycurl.POLL_OUT else 0))
 
@@ -134,78 +157,91 @@ class _Wire:
 class _HttpReply:
     """A reply over the network. One thread at a time reads it."""
 
-    def __init__(self, wires: Wires, wire: _Wire, request: Outbound) -> None:
+    def __init__(self, idle: "deque[_Wire]", wire: _Wire, request: Outbound) -> None:
         self.status = 0
         self.headers: dict[str, str] = {}
-        self._wires = wires
+        self._idle = idle
         self._wire: _Wire | None = wire
         self._request = request
         self._sent = 0
         self._head_done = False
         self._complete = False
+        self._failure: errors.Refusal | None = None
         self._arrived: list[bytes] = []
         self._quiet_until = 0.0
         self._set_up(wire.easy)
         wire.start()
         try:
             self._touch()
-            while not self._head_done and not self._complete:
+            while not self._head_done:
                 self._advance()
-            if not self._head_done:
-                raise errors.provider_error("The upstream's answer has no head.")
+                if not self._head_done and self._failure is not None:
+                    raise self._failure
+                if not self._head_done and self._complete:
+                    raise errors.provider_error("The upstream's answer has no head.")
         except BaseException:
             self.close()
             raise
 
     def read(self, limit: int) -> tuple[bytes, bool]:
         size = sum(map(len, self._arrived))
-        while not self._complete and size <= limit:
+        while not self._ended and size <= limit:
             have = len(self._arrived)
             self._advance()
             size += sum(map(len, self._arrived[have:]))
+        # Whether an answer is too large is decided by its size alone, never by how it arrived.
+        if self._failure is not None and size <= limit:
+            raise self._failure
         body, self._arrived = b"".join(self._arrived), []
-        if self._complete:
-            self.close()
-        return body, self._complete
+        return body, self._complete and size <= limit
 
     def chunks(self) -> Iterator[bytes]:
         while True:
             arrived, self._arrived = self._arrived, []
             yield from arrived
+            if self._failure is not None:
+                raise self._failure
             if self._complete:
-                self.close()
                 return
-            if not self._arrived:
-                self._advance()
+            self._advance()
 
     def close(self) -> None:
         wire, self._wire = self._wire, None
         if wire is None:
             return
         wire.stop()  # closes the connection too when the answer was not read to its end
-        self._wires.put_back(wire)
+        self._idle.append(wire)
+
+    @property
+    def _ended(self) -> bool:
+        return self._complete or self._failure is not None
 
     def _advance(self) -> None:
-        """Let the transfer go on until something happens. Raises when it cannot."""
+        """Let the transfer go on until something happens. A failure is kept, to be raised by
+        whoever has taken what arrived before it."""
         if self._wire is None:
-            raise errors.provider_error("The upstream's answer was given up.")
+            self._failure = errors.provider_error("The upstream's answer was given up.")
+            return
         patience = self._quiet_until - clock.monotonic()
         if patience <= 0:
             self._fail(pycurl.E_OPERATION_TIMEDOUT, "silence")
+            return
         state = self._wire.step(max(1, int(patience * 1000)))
         if isinstance(state, tuple):
             self._fail(*state)
         elif state is False:
             self._complete = True
+            self.close()
 
     def _fail(self, code: int, words: str) -> None:
         log.warning("upstream %s: curl %d: %s", _origin(self._request.url), code, words)
         self.close()
         if code == pycurl.E_OPERATION_TIMEDOUT:
-            raise errors.provider_timeout()
-        if self._head_done:
-            raise errors.provider_error("The upstream broke its answer off. Nothing was charged.")
-        raise errors.provider_error("The upstream could not be reached. Nothing was charged.")
+            self._failure = errors.provider_timeout()
+        elif self._head_done:
+            self._failure = errors.provider_error("The upstream broke its answer off.")
+        else:
+            self._failure = errors.provider_error("The upstream could not be reached.")
 
     def _touch(self) -> None:
         self._quiet_until = clock.monotonic() + self._request.timeout_seconds
@@ -244,8 +280,12 @@ class _HttpReply:
         set_option = easy.setopt
         set_option(pycurl.URL, request.url)
         set_option(pycurl.CUSTOMREQUEST, request.method)
-        headers = [f"{name}: {value}" if value else f"{name};" for name, value in request.headers]
-        headers += ["Accept-Encoding: identity", "Expect:"]
+        headers = [
+            # Latin-1 gives the caller's bytes back as they came (PEP 3333).
+            (f"{name}: {value}" if value else f"{name};").encode("latin-1")
+            for name, value in request.headers
+        ]
+        headers += [b"Accept-Encoding: identity", b"Expect:"]
         if request.method == "HEAD":
             set_option(pycurl.NOBODY, 1)
         elif request.body or request.method not in ("GET", "DELETE"):
@@ -259,7 +299,7 @@ class _HttpReply:
         elif request.method != "GET":
             set_option(pycurl.FRESH_CONNECT, 1)
         if not any(name.lower() == "content-type" for name, _ in request.headers):
-            headers.append("Content-Type:")
+            headers.append(b"Content-Type:")
         set_option(pycurl.HTTPHEADER, headers)
         set_option(pycurl.HEADERFUNCTION, self._on_header)
         set_option(pycurl.WRITEFUNCTION, self._on_body)

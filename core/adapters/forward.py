@@ -6,7 +6,9 @@ from core.upstream import Outbound, Reply
 
 # What an upstream learns of a request, and a caller of an answer, unless the config adds to it.
 FORWARDED = ("accept", "accept-language", "content-type")
-RETURNED = ("content-type", "content-language", "content-disposition", "retry-after")
+RETURNED = (
+    "content-type", "content-encoding", "content-language", "content-disposition", "retry-after",
+)  # fmt: skip
 STREAMED = ("text/event-stream", "application/x-ndjson")
 LARGEST_JSON = 8 * 1024 * 1024
 

@@ -13,7 +13,7 @@ from urllib.parse import urlencode
 import msgspec
 import phonenumbers
 
-from core import errors, segments
+from core import errors, segments, strict_json
 from core.adapters import Answer, Inbound, Order
 from core.catalog import Route
 from core.upstream import Outbound, Reply
@@ -54,7 +54,7 @@ class SmsAdapter:
     def order(self, route: Route, inbound: Inbound) -> Order:
         sms = _read(inbound.body)
         parts = segments.count(sms.message)
-        return Order(parts, (sms, parts))
+        return Order(parts, (sms, parts, inbound.request_id))
 
     def outbound(self, route: Route, inbound: Inbound, order: Order) -> Outbound:
         upstream = route.upstream
@@ -98,11 +98,11 @@ class SmsAdapter:
         said = _object(body)
         if said is None:
             raise errors.provider_error("The provider's answer cannot be read.")
-        sms, parts = order.details
+        sms, parts, request_id = order.details
         answer = {
             "success": True,
             "provider": route.upstream_name,
-            "messageId": _message_id(said),
+            "messageId": _message_id(said, request_id),
             "to": sms.to,
             "segments": parts,
         }
@@ -129,34 +129,39 @@ _JSON = [("Content-Type", "application/json")]
 
 def _read(body: bytes) -> Sms:
     try:
-        message = msgspec.json.decode(body, type=Message)
-    except msgspec.ValidationError as error:
-        words = str(error)
-        field = re.search(r"`\$?\.?(\w+)`", words)
-        raise errors.invalid_body(words.partition(" - at ")[0], field and field[1]) from None
-    except (msgspec.DecodeError, RecursionError):
+        message = strict_json.decode(body, Message)
+    except strict_json.WrongShape as error:
+        raise errors.invalid_body(str(error), error.field) from None
+    except strict_json.NotJson:
         raise errors.invalid_body("The body is not JSON.") from None
-    if not _E164.fullmatch(message.to) or not phonenumbers.is_possible_number(
-        phonenumbers.parse(message.to)
-    ):
+    if not _E164.fullmatch(message.to) or not _is_possible(message.to):
         raise errors.invalid_body("`to` is a phone number in E.164, such as +18148835337.", "to")
     if not message.message or len(message.message) > LONGEST_MESSAGE:
         raise errors.invalid_body(f"`message` has 1 to {LONGEST_MESSAGE} characters.", "message")
     return Sms(message.to, message.message)
 
 
+def _is_possible(number: str) -> bool:
+    """Whether such a number can exist: its country code does, and its length fits there."""
+    try:
+        return phonenumbers.is_possible_number(phonenumbers.parse(number))
+    except phonenumbers.NumberParseException:
+        return False
+
+
 def _object(body: bytes) -> dict[str, Any] | None:
     try:
-        value = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
+        value = strict_json.decode(body)
+    except strict_json.NotJson:
         return None
     return value if isinstance(value, dict) else None
 
 
-def _message_id(said: dict[str, Any]) -> str | None:
-    """The provider's id for the message, in the contract's form; None when it gave none."""
+def _message_id(said: dict[str, Any], request_id: str) -> str:
+    """The provider's id for the message in the contract's form, or the request's instead."""
     for name in ("messageId", "message_id", "sid", "id"):
         value = said.get(name)
-        if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", value):
-            return value if value.startswith("msg_") else f"msg_{value}"
-    return None
+        text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+        if re.fullmatch(r"[A-Za-z0-9._:-]{1,128}", text):
+            return text if text.startswith("msg_") else f"msg_{text}"
+    return f"msg_{request_id}"

@@ -22,19 +22,21 @@ from core.keys import NewSecret, Terms
 from models import Tx
 
 
-class WholeNumber(click.ParamType):
+class WholeNumber(click.ParamType[int]):
     """An integer in ASCII digits; Python's own `int` would also read `1_0` and `٣`."""
 
     name = "integer"
 
-    def __init__(self, signed: bool = False) -> None:
-        self._form = re.compile(r"[+-]?[0-9]{1,16}" if signed else r"[0-9]{1,16}")
+    def __init__(self, least: int | None = None) -> None:
+        self._least = least
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         if isinstance(value, int):
             return value
-        if not self._form.fullmatch(value):
+        if not re.fullmatch(r"[+-]?[0-9]{1,40}", value):
             self.fail(f"{value!r} is not a whole number.", param, ctx)
+        if self._least is not None and int(value) < self._least:
+            self.fail(f"{value} is less than {self._least}.", param, ctx)
         return int(value)
 
 
@@ -227,7 +229,7 @@ def _move(who: str, kind: str, credits: int, note: str | None) -> None:
 
 @credits_group.command("grant")
 @click.argument("who")
-@click.argument("credits", metavar="N", type=WholeNumber())
+@click.argument("credits", metavar="N", type=WholeNumber(least=1))
 @click.option("--note")
 @plainly
 def grant(who: str, credits: int, note: str | None) -> None:
@@ -237,7 +239,7 @@ def grant(who: str, credits: int, note: str | None) -> None:
 
 @credits_group.command("adjust", context_settings={"ignore_unknown_options": True})
 @click.argument("who")
-@click.argument("credits", metavar="±N", type=WholeNumber(signed=True))
+@click.argument("credits", metavar="±N", type=WholeNumber())
 @click.option("--note", required=True)
 @plainly
 def adjust(who: str, credits: int, note: str) -> None:

@@ -9,7 +9,7 @@ import sys
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import urlsplit
@@ -209,7 +209,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         trusted_proxies=_number(environ, "FAREBOX_TRUSTED_PROXIES", 0, 0, 10),
         operator_key=operator_key,
         secret_key=secret_key,
-        usd_per_credit=_decimal("$.instance.usd_per_credit", file.instance.usd_per_credit),
+        usd_per_credit=Decimal(file.instance.usd_per_credit),
         instance=file.instance,
         upstreams=file.upstreams,
         routes=file.routes,
@@ -315,6 +315,7 @@ def _choices() -> dict[str, tuple[str, ...]]:
 
 
 def _check(file: _File) -> None:
+    _check_decimal("$.instance.usd_per_credit", file.instance.usd_per_credit)
     for name, upstream in file.upstreams.items():
         _check_upstream(f"$.upstreams.{name}", upstream)
     for number, host in enumerate(file.instance.hosts):
@@ -389,7 +390,7 @@ def _check_route(at: str, route: RouteSection, upstreams: dict[str, UpstreamSect
     if route.x402:
         _fail(f"{at}.x402", "needs an [x402] section")
     if route.cost_usd is not None:
-        _decimal(f"{at}.cost_usd", route.cost_usd)
+        _check_decimal(f"{at}.cost_usd", route.cost_usd)
     _check_units(at, route)
     kind = upstreams[route.upstream].kind
     if route.adapter == "sms" and route.methods != ["POST"]:
@@ -449,16 +450,10 @@ def _check_header_name(at: str, name: str) -> None:
         _fail(at, f"expected a header name, got {name!r}")
 
 
-def _decimal(at: str, text: str) -> Decimal:
-    try:
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,12})?", text):
-            raise InvalidOperation
-        number = Decimal(text)
-    except InvalidOperation:
-        number = Decimal(-1)
-    if number < 0 or (number == 0 and at.endswith("usd_per_credit")):
+def _check_decimal(at: str, text: str) -> None:
+    form = re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,12})?", text)
+    if form is None or (Decimal(text) == 0 and at.endswith("usd_per_credit")):
         _fail(at, f'expected a positive decimal string such as "0.01", got {text!r}')
-    return number
 
 
 def _fail(at: str, problem: str) -> NoReturn:

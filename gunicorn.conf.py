@@ -18,6 +18,7 @@ bind = _settings.bind
 workers = _settings.workers
 threads = _settings.threads
 worker_class = "serving.Worker"
+logger_class = "serving.Logger"
 worker_connections = 1000 + threads
 keepalive = 65  # longer than the idle time of the usual proxies in front
 graceful_timeout = 30
@@ -49,7 +50,6 @@ logconfig_dict = {
             "filters": ["calm"],
             "propagate": False,
         },
-        "gunicorn.access": {"level": "CRITICAL", "handlers": [], "propagate": False},
         "farebox": {"level": "INFO"},
     },
 }

@@ -31,6 +31,7 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 OLDEST_SQLITE = (3, 51, 3)
 BATCH_LIMIT = 32
 WAL_LIMIT_BYTES = 32 * 1024 * 1024
+_CHECKPOINT_PATIENCE_MS = 100
 _NORMAL, _FULL = 1, 2
 
 
@@ -233,7 +234,7 @@ class Database:
                     f"{self.path.name} has schema {version}, this version knows {len(steps)}"
                 )
             if 0 < version < len(steps):
-                copy = self.path.with_name(f"{self.path.name}.before-{len(steps):04}")
+                copy = self.path.with_name(f"{self.path.name}.before-{version + 1:04}")
                 copy_database(connection, copy)
             for number, step in enumerate(steps[version:], start=version + 1):
                 with connection:
@@ -256,6 +257,8 @@ class Database:
         log_path = self.path.with_name(self.path.name + "-wal")
         if log_path.exists() and log_path.stat().st_size > WAL_LIMIT_BYTES:
             connection = self._connect()
+            # Writers wait as long as this waits for readers; those that come meanwhile are short.
+            connection.set_busy_timeout(_CHECKPOINT_PATIENCE_MS)
             try:
                 connection.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
             except apsw.BusyError:
@@ -289,6 +292,11 @@ class Database:
                 connection.close()
                 raise RuntimeError(f"SQLite did not accept PRAGMA {name} = {value}")
         return connection
+
+
+def latest_schema() -> int:
+    """The schema version this version of Farebox writes."""
+    return len(list(MIGRATIONS.glob("[0-9][0-9][0-9][0-9]_*.sql")))
 
 
 def copy_database(source: apsw.Connection, target: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 import socket
 from typing import Any
 
+from gunicorn import glogging
 from gunicorn.workers import gthread
 
 _DRAIN_BYTES = 1024 * 1024
@@ -15,7 +16,7 @@ _BAD_REQUEST = {
 }
 
 
-class _Connection(gthread.TConn):  # type: ignore[misc]  # gunicorn has no types
+class _Connection(gthread.TConn):
     """A connection whose end is not waited for."""
 
     def close(self, graceful: bool = False) -> None:
@@ -38,10 +39,11 @@ class _Connection(gthread.TConn):  # type: ignore[misc]  # gunicorn has no types
             self.sock.close()
 
 
-gthread.TConn = _Connection  # the worker makes its connections by this name
+# The worker makes its connections by this name, and offers no other way to choose their class.
+gthread.TConn = _Connection  # type: ignore[misc]
 
 
-class Worker(gthread.ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
+class Worker(gthread.ThreadWorker):
     """The worker that serves Farebox."""
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
@@ -58,10 +60,17 @@ class Worker(gthread.ThreadWorker):  # type: ignore[misc]  # gunicorn has no typ
             self.log.debug("the client did not wait for its refusal")
 
 
+class Logger(glogging.Logger):
+    """gunicorn's logger without an access log: every paid call has a record of its own."""
+
+    def access(self, resp: Any, req: Any, environ: Any, request_time: Any) -> None:
+        """Write nothing, and gather nothing for it."""
+
+
 def calm(record: logging.LogRecord) -> bool:
-    """A logging filter: a client that stalled past its time-out is a line, not a traceback."""
-    if record.exc_info and isinstance(record.exc_info[1], BlockingIOError):
-        record.exc_info = record.exc_text = None
-        record.msg, record.args = "a client stalled and was let go", ()
+    """A logging filter: a client whose connection stalled or broke is a line, not a traceback."""
+    if record.msg == "Socket error processing request." and record.exc_info:
+        record.msg, record.args = "a client was let go: %s", (record.exc_info[1],)
         record.levelno, record.levelname = logging.INFO, "INFO"
+        record.exc_info = record.exc_text = None
     return True

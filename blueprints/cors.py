@@ -1,48 +1,44 @@
 """Cross-origin calls from the origins the operator lists, without cookies (Fetch standard)."""
 
-from flask import Blueprint, Response, request
-
-from blueprints.rendering import instance, raw_path
-from core import errors
-
-blueprint = Blueprint("cors", __name__)
+from blueprints.rendering import Environ
+from core.instance import Instance
 
 _EXPOSED = (
     "Idempotent-Replayed, Retry-After, X-Credits-Charged, X-Credits-Held, X-Credits-Remaining,"
     " X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-Request-Id, x-should-retry"
 )
-_ACCEPTED = "Authorization, Content-Type, Idempotency-Key, X-Request-Id"
-_REMEMBER_SECONDS = "600"
+_PREFLIGHT = {
+    "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, X-Request-Id",
+    "Access-Control-Max-Age": "600",
+}
 
 
-@blueprint.before_app_request
-def preflight() -> Response | None:
-    """Answer a browser's question before the call; never reaches a route, so it is never paid."""
-    wanted = request.headers.get("Access-Control-Request-Method")
-    if request.method != "OPTIONS" or wanted is None or not _allowed():
+def preflight(instance: Instance, environ: Environ) -> dict[str, str] | None:
+    """The headers that answer a browser's question before a call; None when it asks nothing."""
+    asks = environ["REQUEST_METHOD"] == "OPTIONS" and (
+        "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
+    )
+    return _PREFLIGHT if asks and _origin(instance, environ) else None
+
+
+def sharing(instance: Instance, environ: Environ) -> dict[str, str]:
+    """The headers that let a listed origin read an answer."""
+    if not instance.settings.instance.cors_origins:
+        return {}
+    origin = _origin(instance, environ)
+    if origin is None:
+        return {"Vary": "Origin"}
+    return {
+        "Vary": "Origin",
+        "Access-Control-Allow-Origin": origin,
+        "Access-Control-Expose-Headers": _EXPOSED,
+    }
+
+
+def _origin(instance: Instance, environ: Environ) -> str | None:
+    """The origin that asks, if it is listed and asks for the API."""
+    origin: str | None = environ.get("HTTP_ORIGIN")
+    if not environ["PATH_INFO"].startswith(("/api/", "/v1/")):
         return None
-    known = request.url_rule is not None or instance().catalog.methods_at(raw_path(request.environ))
-    if not known:
-        raise errors.not_found()
-    response = Response(status=204)
-    response.headers["Access-Control-Allow-Methods"] = "GET, HEAD, POST, PUT, PATCH, DELETE"
-    response.headers["Access-Control-Allow-Headers"] = _ACCEPTED
-    response.headers["Access-Control-Max-Age"] = _REMEMBER_SECONDS
-    return response
-
-
-@blueprint.after_app_request
-def share(response: Response) -> Response:
-    """Let a listed origin read the answer."""
-    if _allowed():
-        response.headers["Access-Control-Allow-Origin"] = request.headers["Origin"]
-        response.headers["Access-Control-Expose-Headers"] = _EXPOSED
-    if instance().settings.instance.cors_origins:
-        response.vary.add("Origin")
-    return response
-
-
-def _allowed() -> bool:
-    origins = instance().settings.instance.cors_origins
-    api = request.path.startswith(("/api/", "/v1/"))
-    return api and request.headers.get("Origin") in origins
+    return origin if origin in instance.settings.instance.cors_origins else None

@@ -1,4 +1,7 @@
-"""What every blueprint shares: the instance, the request's id and headers, and how errors look."""
+"""What all doors share: reading a WSGI request, and how answers and errors look.
+
+The functions that take `environ` know no framework, because the paid routes are served without one.
+"""
 
 import json
 import logging
@@ -15,22 +18,21 @@ from core.instance import Instance
 
 log = logging.getLogger("farebox.http")
 
+Environ = dict[str, Any]
+CONTENT_SECURITY_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
+    " connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+)
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# A name or an IPv6 address in brackets, and perhaps a port (RFC 9110, 7.2).
+_HOST = re.compile(r"(?:([a-z0-9._-]+)|\[([0-9a-f:.]+)\])(?::[0-9]{1,5})?")
 
 
-def instance() -> Instance:
-    """This process's instance."""
-    found: Instance = current_app.extensions["farebox"]
-    return found
+# A request
 
 
-def request_id() -> str:
-    """The id of this request: the caller's own when it is sane, else one of ours."""
-    return request_ids(request.environ)[0]
-
-
-def request_ids(environ: dict[str, Any]) -> tuple[str, str]:
-    """As `request_id`, and beside it one that is always ours."""
+def request_ids(environ: Environ) -> tuple[str, str]:
+    """The id of this request, the caller's own when it is sane; and one that is always ours."""
     ids: tuple[str, str] | None = environ.get("farebox.ids")
     if ids is None:
         ours = tokens.new_id("req")
@@ -39,7 +41,7 @@ def request_ids(environ: dict[str, Any]) -> tuple[str, str]:
     return ids
 
 
-def headers(environ: dict[str, Any]) -> Mapping[str, str]:
+def headers(environ: Environ) -> Mapping[str, str]:
     """The request's headers by lower-case name."""
     found = {
         name[5:].replace("_", "-").lower(): value
@@ -52,31 +54,71 @@ def headers(environ: dict[str, Any]) -> Mapping[str, str]:
     return found
 
 
-def client_address(environ: dict[str, Any]) -> str:
+def client_address(environ: Environ) -> str:
     found: str = environ.get("REMOTE_ADDR") or "-"
     return found
 
 
-def raw_path(environ: dict[str, Any]) -> str:
+def raw_path(environ: Environ) -> str:
     """The path as it was sent, before any decoding."""
     target: str = environ.get("RAW_URI") or environ.get("REQUEST_URI") or "/"
     return target.partition("?")[0].partition("#")[0]
 
 
-def json_response(value: Any, status: int = 200, **extra: str) -> Response:
-    response = Response(json.dumps(value) + "\n", status, mimetype="application/json")
-    response.headers.update(extra)
-    return response
+def check_host(instance: Instance, environ: Environ) -> None:
+    """Raises `invalid_host` for a Host not served here: it would end up in links and signatures."""
+    host = _HOST.fullmatch(environ.get("HTTP_HOST", "").lower())
+    if host is None or (host[1] or host[2]) not in instance.hosts:
+        raise Refusal("invalid_host", "This host is not served here.")
 
 
-def refused(refusal: Refusal) -> Response:
-    """The answer to a refusal, in the dialect of the path."""
-    settings = instance().settings
-    dialect = instance().catalog.dialect_at(request.method, raw_path(request.environ))
-    body = refusal.body(dialect, request_id(), f"{settings.public_url}/docs/errors")
-    response = json_response(body, refusal.kind.status)
-    response.headers.update(refusal.all_headers())
-    return response
+# An answer
+
+
+def finishing(instance: Instance, environ: Environ, content_type: str | None) -> dict[str, str]:
+    """The headers that every answer has."""
+    found = {"X-Request-Id": request_ids(environ)[0], "X-Content-Type-Options": "nosniff"}
+    if content_type != "application/json":  # whatever a browser might show
+        found["Content-Security-Policy"] = CONTENT_SECURITY_POLICY
+        found["Referrer-Policy"] = "same-origin"
+    return found
+
+
+def refusal(
+    instance: Instance, environ: Environ, why: Refusal
+) -> tuple[int, dict[str, str], bytes]:
+    """Status, headers and body of the answer to a refusal, in the dialect of its path."""
+    dialect = instance.catalog.dialect_at(environ["REQUEST_METHOD"], raw_path(environ))
+    docs = f"{instance.settings.public_url}/docs/errors"
+    body = why.body(dialect, request_ids(environ)[0], docs)
+    found = {"Content-Type": "application/json"} | why.all_headers()
+    return why.kind.status, found, json.dumps(body).encode() + b"\n"
+
+
+def unexpected(environ: Environ, error: BaseException) -> Refusal:
+    """Our own fault: everything to the log, nothing to the client."""
+    method, path = environ["REQUEST_METHOD"], environ.get("PATH_INFO")
+    log.error("%s %r failed (%s)", method, path, request_ids(environ)[0], exc_info=error)
+    return Refusal("internal_error", "Something went wrong here. Nothing was charged.")
+
+
+# With Flask
+
+
+def instance() -> Instance:
+    """This process's instance."""
+    found: Instance = current_app.extensions["farebox"]
+    return found
+
+
+def json_response(value: Any, status: int = 200) -> Response:
+    return Response(json.dumps(value) + "\n", status, mimetype="application/json")
+
+
+def refused(why: Refusal) -> Response:
+    """A refusal, for Flask."""
+    status, found, body = refusal(instance(), request.environ, why)
+    return Response(body, status, found)
 
 
 def http_error(error: HTTPException) -> Response:
@@ -90,10 +132,9 @@ def http_error(error: HTTPException) -> Response:
         return refused(Refusal("body_too_large", "The body is too large."))
     if error.code is not None and 400 <= error.code < 500:
         return refused(errors.invalid_body("The request is malformed."))
-    return unexpected(error)
+    return failed(error)
 
 
-def unexpected(error: Exception) -> Response:
-    """Our own fault: everything to the log, nothing to the client."""
-    log.error("%s %s failed (%s)", request.method, request.path, request_id(), exc_info=error)
-    return refused(Refusal("internal_error", "Something went wrong here. Nothing was charged."))
+def failed(error: Exception) -> Response:
+    """An error nobody expected, for Flask."""
+    return refused(unexpected(request.environ, error))

@@ -1,5 +1,8 @@
 """One file with all of an instance: database, config, generated secrets. And back again."""
 
+import hashlib
+import io
+import json
 import os
 import shutil
 import tarfile
@@ -10,9 +13,10 @@ import apsw
 
 from config import FILE_NAME, Settings
 from core import incarnation, ledger
-from models import Database, Tx, check_database, flush
+from models import Database, Tx, check_database, flush, latest_schema
 
 DATABASE = "farebox.db"
+MANIFEST = "MANIFEST.json"  # the SHA-256 of every other member; the last, so a cut shows
 _LARGEST_SMALL_FILE = 1024 * 1024
 
 
@@ -24,7 +28,8 @@ def _small_files(folder: Path) -> list[Path]:
     """What belongs to an instance besides its database: the config, the secret, PEM files."""
     return sorted(
         path for path in folder.iterdir()
-        if path.is_file() and (path.name in (FILE_NAME, "secret_key") or path.suffix == ".pem")
+        if path.is_file() and not path.name.startswith(".")
+        and (path.name in (FILE_NAME, "secret_key") or path.suffix == ".pem")
     )  # fmt: skip
 
 
@@ -35,6 +40,8 @@ def verify_copy(path: Path) -> str | None:
         return fault
     connection = apsw.Connection(str(path), flags=apsw.SQLITE_OPEN_READONLY)
     try:
+        if connection.pragma("user_version") > latest_schema():
+            return "it was written by a later version of Farebox"
         _, faults = ledger.verify(Tx(connection))
     except apsw.Error as error:
         return str(error)
@@ -47,6 +54,9 @@ def backup(db: Database, settings: Settings, target: Path) -> None:
     """Write a verified backup, 0600, while others write. Raises BackupError."""
     if target.exists():
         raise BackupError(f"{target} exists already")
+    for path in _small_files(settings.folder):
+        if path.stat().st_size > _LARGEST_SMALL_FILE:
+            raise BackupError(f"{path} is too large for a backup")
     with tempfile.TemporaryDirectory(dir=target.absolute().parent, prefix=".farebox-") as scratch:
         copy = Path(scratch) / DATABASE
         db.backup(copy)
@@ -55,10 +65,22 @@ def backup(db: Database, settings: Settings, target: Path) -> None:
             raise BackupError(f"the copy is not sound: {fault}")
         draft = Path(scratch) / "backup.tar"
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with os.fdopen(handle, "wb") as file, tarfile.open(fileobj=file, mode="w") as archive:
-            archive.add(copy, DATABASE)
-            for path in _small_files(settings.folder):
-                archive.add(path, path.name)
+        with (
+            os.fdopen(handle, "wb") as file,
+            tarfile.open(
+                # What a link names is saved, not the link, which would mean nothing elsewhere.
+                fileobj=file,
+                mode="w",
+                dereference=True,
+            ) as archive,
+        ):
+            files = {DATABASE: copy} | {path.name: path for path in _small_files(settings.folder)}
+            for name, path in files.items():
+                archive.add(path, name)
+            sums = json.dumps({name: _sum(path) for name, path in files.items()}).encode()
+            entry = tarfile.TarInfo(MANIFEST)
+            entry.size = len(sums)
+            archive.addfile(entry, io.BytesIO(sums))
         flush(draft)
         os.link(draft, target)  # never over a file that came meanwhile
     flush(target)
@@ -99,7 +121,9 @@ def _extract(source: Path, target: Path) -> None:
         with tarfile.open(source, "r:") as archive:
             for member in archive:
                 name = member.name
-                known = name in (DATABASE, FILE_NAME, "secret_key") or name.endswith(".pem")
+                known = name in (DATABASE, FILE_NAME, "secret_key", MANIFEST) or name.endswith(
+                    ".pem"
+                )
                 if not member.isfile() or not known or "/" in name or name.startswith("."):
                     raise BackupError(f"{source} holds {name!r}, which no backup does")
                 if name != DATABASE and member.size > _LARGEST_SMALL_FILE:
@@ -108,7 +132,26 @@ def _extract(source: Path, target: Path) -> None:
                 assert content is not None  # it is a plain file
                 with content, (target / name).open("wb") as file:
                     shutil.copyfileobj(content, file)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise BackupError(f"{source} cannot be read as a backup: {error}") from error
-    if not (target / DATABASE).exists():
-        raise BackupError(f"{source} holds no database")
+    _check_manifest(source, target)
+
+
+def _check_manifest(source: Path, target: Path) -> None:
+    """Raises BackupError unless exactly what was backed up is there, to the byte."""
+    manifest = target / MANIFEST
+    if not manifest.exists():
+        raise BackupError(f"{source} has no manifest; it may have been cut short")
+    found = {path.name: _sum(path) for path in target.iterdir() if path != manifest}
+    try:
+        wanted = json.loads(manifest.read_bytes())
+    except ValueError as error:
+        raise BackupError(f"the manifest of {source} cannot be read") from error
+    if found != wanted or not {DATABASE, FILE_NAME, "secret_key"} <= set(found):
+        raise BackupError(f"{source} does not hold what its manifest says")
+    manifest.unlink()
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -136,7 +136,7 @@ def units_in_json(units: UnitsSection, body: bytes) -> int | None:
     """The whole number at the pointer (RFC 6901) in a JSON answer, within 1 and `max`, or None."""
     try:
         value = strict_json.decode(body)
-    except strict_json.NotJson:
+    except ValueError:
         return None
     for part in (units.pointer or "").split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")

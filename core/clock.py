@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 MINUTE_MS = 60_000
 DAY_MS = 24 * 60 * MINUTE_MS
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def now_ms() -> int:
@@ -32,7 +33,9 @@ def parse_rfc3339(text: str) -> int:
     at = datetime.fromisoformat(text)
     if at.tzinfo is None:
         raise ValueError("a timestamp needs a time zone, for example 2027-01-31T00:00:00Z")
-    return int(at.timestamp() * 1000)
+    at_ms = (at - _EPOCH) // timedelta(milliseconds=1)
+    rfc3339(at_ms)  # it can be written again: with its offset it may lie past the year 9999
+    return at_ms
 
 
 def period_start_ms(period: str, at_ms: int) -> int:

@@ -111,7 +111,8 @@ def release(tx: Tx, account_id: str, key: str, call_id: str) -> None:
 def prune(tx: Tx, now: int, batch: int = 500) -> None:
     """Forget answers older than a day, a batch at a time."""
     tx.run(
-        "DELETE FROM idempotency WHERE state <> 'running' AND (account_id, key) IN"
-        " (SELECT account_id, key FROM idempotency WHERE created_at < :oldest LIMIT :batch)",
+        "DELETE FROM idempotency WHERE (account_id, key) IN"
+        " (SELECT account_id, key FROM idempotency"
+        "  WHERE created_at < :oldest AND state <> 'running' LIMIT :batch)",
         {"oldest": now - LIFE_MS, "batch": batch},
     )

@@ -413,6 +413,32 @@ def verify(tx: Tx) -> tuple[Totals, list[str]]:
             " FROM entry) t WHERE balance <> previous + amount OR number <> before + 1"
         )
     ]
+    faults += [
+        f"{entry}: a {kind} of {amount} without such a call"
+        for entry, kind, amount in tx.rows(
+            "SELECT e.id, e.kind, e.amount FROM entry e LEFT JOIN call c"
+            " ON c.id = e.reference AND c.account_id = e.account_id"
+            " WHERE (e.kind = 'capture' AND e.amount <> -COALESCE(c.captured, 0))"
+            " OR (e.kind = 'refund' AND e.amount <> COALESCE(c.captured, 0))"
+        )
+    ]
+    faults += [
+        f"{account}: {table} {count} of {last} are there"
+        for table, number in (("entry", "last_entry"), ("call", "last_call"))
+        for account, count, last in tx.rows(
+            f"SELECT a.id, COALESCE(t.n, 0), a.{number} FROM account a LEFT JOIN"
+            f" (SELECT account_id, COUNT(*) AS n FROM {table} GROUP BY account_id) t"
+            f" ON t.account_id = a.id WHERE a.{number} <> COALESCE(t.n, 0)"
+        )
+    ]
+    faults += [
+        f"{account}: the account of an entry or a call is not there"
+        for (account,) in tx.rows(
+            "SELECT account_id FROM"
+            " (SELECT account_id FROM entry UNION SELECT account_id FROM call) t"
+            " WHERE NOT EXISTS (SELECT 1 FROM account WHERE id = t.account_id)"
+        )
+    ]
     counts = tx.row(
         "SELECT (SELECT COUNT(*) FROM account), (SELECT COUNT(*) FROM entry),"
         " (SELECT COUNT(*) FROM call), (SELECT COALESCE(SUM(balance), 0) FROM account),"

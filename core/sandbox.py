@@ -52,7 +52,7 @@ def send(request: Outbound) -> SandboxReply:
     parts = urlsplit(request.url)
     try:
         body = strict_json.decode(request.body) if request.body else None
-    except strict_json.NotJson:
+    except ValueError:
         body = None
     if parts.path.endswith("/chat/completions") and isinstance(body, dict):
         return _chat(body)

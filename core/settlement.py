@@ -46,8 +46,8 @@ class Settlement:
     def __init__(self, instance: Instance, call_id: str) -> None:
         self.call_id = call_id
         self._instance = instance
-        self._started = clock.monotonic()
         self._settled = False
+        self._started = clock.monotonic()
 
     def capture(self, credits: int, outcome: Outcome, answer: Stored | None) -> Standing | None:
         """Charge; the account after it. On the disk when this returns.
@@ -57,9 +57,8 @@ class Settlement:
         """
         if self._settled:
             return None
+        outcome, now = self._timed(outcome), clock.now_ms()
         self._settled = True
-        outcome = self._timed(outcome)
-        now = clock.now_ms()
         try:
             resolved = self._instance.db.write(
                 lambda tx: capture(tx, self.call_id, credits, outcome, answer, now), durable=True
@@ -74,9 +73,8 @@ class Settlement:
         when the database cannot take it now."""
         if self._settled:
             return
+        outcome, now = self._timed(outcome), clock.now_ms()
         self._settled = True
-        outcome = self._timed(outcome)
-        now = clock.now_ms()
 
         def work(tx: Tx) -> Resolved | None:
             return capture(tx, self.call_id, credits, outcome, answer, now)
@@ -90,8 +88,8 @@ class Settlement:
         """Give everything back; the account after it, or None when that must wait."""
         if self._settled:
             return None
-        self._settled = True
         outcome = self._timed(Outcome(upstream_status, None))
+        self._settled = True
 
         def work(tx: Tx) -> Resolved | None:
             return void(tx, self.call_id, outcome)
@@ -107,7 +105,7 @@ class Settlement:
         # Nobody ended the call and nobody can any more: an error lost the answer on its way out.
         # Only noted here, because this may run inside a transaction of the same thread.
         if not self._settled:
-            call_id, outcome = self.call_id, self._timed(Outcome(None, None))
+            call_id, outcome = self.call_id, Outcome(None, None)
             self._later(lambda tx: void(tx, call_id, outcome))
 
     def _later(self, work: Callable[[Tx], object]) -> None:

@@ -4,7 +4,7 @@ import logging
 import random
 import threading
 
-from core import calls, clock, errors, idempotency, incarnation, keys, limits, settlement
+from core import calls, clock, errors, idempotency, incarnation, keys, limits, settlement, users
 from core.instance import Instance
 from core.ledger import Outcome
 from models import Tx
@@ -50,6 +50,7 @@ def tidy(instance: Instance) -> None:
     """Write down what expired, forget what no request can read again."""
     now = clock.now_ms()
     instance.db.write(lambda tx: keys.latch_expired(tx, now))
+    instance.db.write(lambda tx: users.latch_expired_links(tx, now))
     instance.db.write(lambda tx: idempotency.prune(tx, now))
     instance.db.write(lambda tx: limits.prune(tx, now))
     instance.db.checkpoint()

@@ -152,6 +152,14 @@ def use_link(tx: Tx, purpose: str, token: str, now: int) -> Link:
     return Link(*row)
 
 
+def latch_expired_links(tx: Tx, now: int) -> None:
+    """Use up what has expired, so that a clock that steps back revives no link."""
+    tx.run(
+        "UPDATE one_time_link SET used_at = :now WHERE used_at IS NULL AND expires_at <= :now",
+        {"now": now},
+    )
+
+
 def set_password(tx: Tx, user_id: str, password_hash: str) -> None:
     tx.run(
         "UPDATE user SET password_hash = :hash WHERE id = :id",

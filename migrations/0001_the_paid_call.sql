@@ -139,6 +139,12 @@ CREATE INDEX entry_of_key ON entry (key_id, number) WHERE key_id IS NOT NULL;
 
 CREATE TRIGGER entry_is_never_edited BEFORE UPDATE ON entry
 BEGIN SELECT RAISE(ABORT, 'a ledger entry is never edited'); END;
+-- INSERT OR REPLACE deletes without firing the trigger below.
+CREATE TRIGGER entry_is_never_replaced BEFORE INSERT ON entry WHEN EXISTS (
+    SELECT 1 FROM entry WHERE id = NEW.id OR (kind = NEW.kind AND reference = NEW.reference)
+        OR (account_id = NEW.account_id AND number = NEW.number)
+)
+BEGIN SELECT RAISE(ABORT, 'a ledger entry is never replaced'); END;
 CREATE TRIGGER entry_is_never_deleted BEFORE DELETE ON entry
 BEGIN SELECT RAISE(ABORT, 'a ledger entry is never deleted'); END;
 

@@ -152,7 +152,7 @@ def _is_possible(number: str) -> bool:
 def _object(body: bytes) -> dict[str, Any] | None:
     try:
         value = strict_json.decode(body)
-    except strict_json.NotJson:
+    except ValueError:
         return None
     return value if isinstance(value, dict) else None
 

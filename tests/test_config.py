@@ -1,0 +1,614 @@
+"""An instance that was told something impossible says what, in one line, and does not start."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import apsw
+import pytest
+from inprocess import Box
+from server import OPERATOR_KEY, ROOT
+
+from config import ConfigError, Settings, load
+from core import firstrun
+
+SANDBOX = '[upstreams.sandbox]\nkind = "sandbox"\n'
+HTTP = '[upstreams.api]\nkind = "http"\nbase_url = "https://api.example.com"\n'
+ROUTE = '[[routes]]\npath = "/api/v1/x"\nmethods = ["GET"]\nupstream = "sandbox"\ncredits = 1\n'
+GOOD = SANDBOX + ROUTE
+
+
+def told(folder: Path, config: str, **environment: str) -> Settings:
+    """The settings of an instance with this config, and nothing else in its environment."""
+    folder.mkdir(exist_ok=True)
+    (folder / "farebox.toml").write_text(config, "utf-8")
+    firstrun.prepare_folder(folder)
+    return load({"FAREBOX_INSTANCE": str(folder), **environment})
+
+
+def refused(folder: Path, config: str, **environment: str) -> str:
+    """Why this config is refused: one line."""
+    with pytest.raises(ConfigError) as error:
+        told(folder, config, **environment)
+    line = str(error.value)
+    assert "\n" not in line
+    return line
+
+
+def route(**changes: str | None) -> str:
+    """A good instance with one route, changed: TOML values by key, None to leave one out."""
+    lines = {
+        "path": '"/api/v1/x"',
+        "methods": '["POST"]',
+        "upstream": '"api"',
+        "credits": "1",
+    } | changes
+    body = "".join(f"{key} = {value}\n" for key, value in lines.items() if value is not None)
+    return f"{SANDBOX}{HTTP}[[routes]]\n{body}"
+
+
+def api(**changes: str | None) -> str:
+    """A good instance with one HTTP upstream, changed."""
+    lines = {"kind": '"http"', "base_url": '"https://api.example.com"'} | changes
+    body = "".join(f"{key} = {value}\n" for key, value in lines.items() if value is not None)
+    return f"[upstreams.api]\n{body}"
+
+
+def twilio(**changes: str | None) -> str:
+    lines = {
+        "kind": '"twilio"',
+        "account_sid": '"AC1"',
+        "auth_token": '"t"',
+        "from": '"+15005550006"',
+    } | changes
+    body = "".join(f"{key} = {value}\n" for key, value in lines.items() if value is not None)
+    return f"[upstreams.sms]\n{body}"
+
+
+UNIT = {"per": '"unit"', "units": '{ from = "json", pointer = "/usage/pages", max = 20 }'}
+
+# What is written · the key path the refusal must name.
+REFUSED: list[tuple[str, str]] = [
+    # Keys nobody knows.
+    ("nonsense = 1", "$.nonsense"),
+    ("[nonsense]", "$.nonsense"),
+    ("[instance]\nkey_prefx = 'a'", "$.instance.key_prefx"),
+    ("[limits]\nper_hour = 1", "$.limits.per_hour"),
+    (api(bass_url='"https://x.example"'), "$.upstreams.api.bass_url"),
+    (route(price="3"), "$.routes[0].price"),
+    (GOOD + ROUTE.replace("/x", "/y") + "typo = 1\n", "$.routes[1].typo"),
+    (route(per='"unit"', units='{ from = "json", pointer = "/a", max = 2, min = 1 }'),
+     "$.routes[0].units.min"),
+    # Keys that must be there.
+    (route(credits=None), "$.routes[0].credits"),
+    (route(path=None), "$.routes[0].path"),
+    (route(methods=None), "$.routes[0].methods"),
+    (route(upstream=None), "$.routes[0].upstream"),
+    ("[upstreams.api]\nbase_url = 'https://x.example'", "$.upstreams.api.kind"),
+    (api(base_url=None), "$.upstreams.api.base_url"),
+    (twilio(account_sid=None), "$.upstreams.sms.account_sid"),
+    (twilio(auth_token=None), "$.upstreams.sms.auth_token"),
+    (twilio(**{"from": None}), "$.upstreams.sms.from"),
+    # Keys of another kind.
+    ("[upstreams.s]\nkind = 'sandbox'\nbase_url = 'https://x.example'", "$.upstreams.s.base_url"),
+    (api(account_sid='"AC1"'), "$.upstreams.api.account_sid"),
+    (twilio(headers='{ A = "b" }'), "$.upstreams.sms.headers"),
+    # Bad values.
+    ("[instance]\nkey_prefix = 'Fare'", "$.instance.key_prefix"),
+    ("[instance]\nkey_prefix = ''", "$.instance.key_prefix"),
+    ("[instance]\nkey_prefix = '9fare'", "$.instance.key_prefix"),
+    ("[instance]\nkey_prefix = 'fare_live'", "$.instance.key_prefix"),
+    ("[instance]\nkey_prefix = 'a23456789012345678'", "$.instance.key_prefix"),
+    ("[instance]\nkey_prefix = \"fare\\n\"", "$.instance.key_prefix"),
+    ("[instance]\nusd_per_credit = 0.01", "$.instance.usd_per_credit"),
+    ("[instance]\nusd_per_credit = '0'", "$.instance.usd_per_credit"),
+    ("[instance]\nusd_per_credit = '0.000'", "$.instance.usd_per_credit"),
+    ("[instance]\nusd_per_credit = '-0.01'", "$.instance.usd_per_credit"),
+    ("[instance]\nusd_per_credit = '1e-2'", "$.instance.usd_per_credit"),
+    ("[instance]\nusd_per_credit = '0,01'", "$.instance.usd_per_credit"),
+    ("[instance]\nusd_per_credit = '.5'", "$.instance.usd_per_credit"),
+    ("[instance]\nusd_per_credit = 'NaN'", "$.instance.usd_per_credit"),
+    ("[instance]\nusd_per_credit = ' 1'", "$.instance.usd_per_credit"),
+    ("[instance]\nusd_per_credit = '1_0'", "$.instance.usd_per_credit"),
+    ("[instance]\nusd_per_credit = '٠.١'", "$.instance.usd_per_credit"),
+    ("[instance]\nsignup = 'maybe'", "$.instance.signup"),
+    ("[instance]\nsignup_credits = -1", "$.instance.signup_credits"),
+    ("[instance]\nhosts = 'example.com'", "$.instance.hosts"),
+    ("[instance]\nhosts = [1]", "$.instance.hosts"),
+    ("[instance]\nhosts = ['https://example.com']", "$.instance.hosts[0]"),
+    ("[instance]\nhosts = ['a.example', 'b.example:443']", "$.instance.hosts[1]"),
+    ("[instance]\nhosts = ['*.example.com']", "$.instance.hosts[0]"),
+    ("[instance]\nhosts = ['']", "$.instance.hosts[0]"),
+    ("[instance]\ncors_origins = ['*']", "$.instance.cors_origins[0]"),
+    ("[instance]\ncors_origins = ['https://a.example', 'b.example']",
+     "$.instance.cors_origins[1]"),
+    ("[instance]\ncors_origins = ['https://a.example/']", "$.instance.cors_origins[0]"),
+    ("[limits]\nrequests_per_minute = 0", "$.limits.requests_per_minute"),
+    ("[limits]\nrequests_per_minute = -5", "$.limits.requests_per_minute"),
+    ("[limits]\nrequests_per_minute = '600'", "$.limits.requests_per_minute"),
+    ("[limits]\nrequests_per_minute = 600.5", "$.limits.requests_per_minute"),
+    ("[limits]\nrequests_per_minute = true", "$.limits.requests_per_minute"),
+    ("[limits]\nbody_bytes = 0", "$.limits.body_bytes"),
+    ("[limits]\nbody_bytes = 10000000000", "$.limits.body_bytes"),
+    ("[limits]\nfailed_auth_per_minute = 0", "$.limits.failed_auth_per_minute"),
+    ("[limits]\nconcurrent_calls = 0", "$.limits.concurrent_calls"),
+    ("[upstreams.x]\nkind = 'smtp'", "$.upstreams.x.kind"),
+    ("upstreams = 5", "$.upstreams"),
+    ("routes = 5", "$.routes"),
+    ("limits = []", "$.limits"),
+    (api(base_url='"api.example.com"'), "$.upstreams.api.base_url"),
+    (api(base_url='"ftp://api.example.com"'), "$.upstreams.api.base_url"),
+    (api(base_url='"https://"'), "$.upstreams.api.base_url"),
+    (api(base_url='"https://api.example.com?key=1"'), "$.upstreams.api.base_url"),
+    (api(base_url='"https://api.example.com#x"'), "$.upstreams.api.base_url"),
+    (api(base_url='"https://user:pass@api.example.com"'), "$.upstreams.api.base_url"),
+    (api(base_url='"https://api.example.com:99999"'), "$.upstreams.api.base_url"),
+    (api(base_url='"https://api.example.com:0"'), "$.upstreams.api.base_url"),
+    (api(base_url='"https://api.example.com/a b"'), "$.upstreams.api.base_url"),
+    (api(base_url='"https://[::1"'), "$.upstreams.api.base_url"),
+    (api(base_url='"https://é.example"'), "$.upstreams.api.base_url"),
+    (api(timeout_seconds="0"), "$.upstreams.api.timeout_seconds"),
+    (api(timeout_seconds="-1"), "$.upstreams.api.timeout_seconds"),
+    (api(timeout_seconds="nan"), "$.upstreams.api.timeout_seconds"),
+    (api(timeout_seconds="inf"), "$.upstreams.api.timeout_seconds"),
+    (api(timeout_seconds='"2"'), "$.upstreams.api.timeout_seconds"),
+    (api(max_seconds="nan"), "$.upstreams.api.max_seconds"),
+    (api(headers='{ "Bad Name" = "x" }'), "$.upstreams.api.headers.Bad Name"),
+    (api(headers='{ X-Key = "a\\r\\nb" }'), "$.upstreams.api.headers.X-Key"),
+    (api(headers='{ X-Key = "é" }'), "$.upstreams.api.headers.X-Key"),
+    (api(headers="{ X-Key = 7 }"), "$.upstreams.api.headers"),
+    (api(forward_headers='["X Trace"]'), "$.upstreams.api.forward_headers[0]"),
+    (api(forward_headers='["X-Trace", "Authorization"]'), "$.upstreams.api.forward_headers[1]"),
+    (api(forward_headers='["cookie"]'), "$.upstreams.api.forward_headers[0]"),
+    (api(forward_headers='["Proxy-Authorization"]'), "$.upstreams.api.forward_headers[0]"),
+    (api(forward_headers='["idempotency-key"]'), "$.upstreams.api.forward_headers[0]"),
+    (api(return_headers='["X-Quota:"]'), "$.upstreams.api.return_headers[0]"),
+    # Prices.
+    (route(credits="-1"), "$.routes[0].credits"),
+    (route(credits="1.5"), "$.routes[0].credits"),
+    (route(credits='"1"'), "$.routes[0].credits"),
+    (route(credits="true"), "$.routes[0].credits"),
+    (route(credits="nan"), "$.routes[0].credits"),
+    (route(credits="10000000000000000"), "$.routes[0].credits"),
+    (route(cost_usd="0.01"), "$.routes[0].cost_usd"),
+    (route(cost_usd='"-1"'), "$.routes[0].cost_usd"),
+    (route(cost_usd='"cheap"'), "$.routes[0].cost_usd"),
+    (route(per='"minute"'), "$.routes[0].per"),
+    (route(per='"sms_segment"'), "$.routes[0].per"),
+    (route(per='"unit"'), "$.routes[0].units"),
+    (route(units=UNIT["units"]), "$.routes[0].units"),
+    (route(per='"unit"', units='{ from = "json", max = 2 }'), "$.routes[0].units.pointer"),
+    (route(per='"unit"', units='{ from = "json", pointer = "usage", max = 2 }'),
+     "$.routes[0].units.pointer"),
+    (route(per='"unit"', units='{ from = "json", pointer = "/a~2", max = 2 }'),
+     "$.routes[0].units.pointer"),
+    (route(per='"unit"', units='{ from = "json", pointer = "/a", name = "X", max = 2 }'),
+     "$.routes[0].units.pointer"),
+    (route(per='"unit"', units='{ from = "header", max = 2 }'), "$.routes[0].units.name"),
+    (route(per='"unit"', units='{ from = "header", name = "X Units", max = 2 }'),
+     "$.routes[0].units.name"),
+    (route(per='"unit"', units='{ from = "header", name = "X", pointer = "/a", max = 2 }'),
+     "$.routes[0].units.name"),
+    (route(per='"unit"', units='{ from = "body", max = 2 }'), "$.routes[0].units.from"),
+    (route(per='"unit"', units='{ from = "header", name = "X", max = 0 }'),
+     "$.routes[0].units.max"),
+    (route(per='"unit"', units='{ from = "header", name = "X" }'), "$.routes[0].units.max"),
+    (route(adapter='"sms"', **UNIT), "$.routes[0].per"),
+    (route(body_bytes="0"), "$.routes[0].body_bytes"),
+    # Paths and methods.
+    (route(path='""'), "$.routes[0].path"),
+    (route(path='"api/v1/x"'), "$.routes[0].path"),
+    (route(path='"/api/v1/x*"'), "$.routes[0].path"),
+    (route(path='"/api/*/x"'), "$.routes[0].path"),
+    (route(path='"/api/v1/*/*"'), "$.routes[0].path"),
+    (route(path='"/api/v1/**"'), "$.routes[0].path"),
+    (route(path='"//api/v1/x"'), "$.routes[0].path"),
+    (route(path='"/api//x"'), "$.routes[0].path"),
+    (route(path='"/api/v1/../x"'), "$.routes[0].path"),
+    (route(path='"/api/v1/./x"'), "$.routes[0].path"),
+    (route(path='"/api/v1/.."'), "$.routes[0].path"),
+    (route(path='"/api/v1/x?y=1"'), "$.routes[0].path"),
+    (route(path='"/api/v1/x#y"'), "$.routes[0].path"),
+    (route(path='"/api/v1/%78"'), "$.routes[0].path"),
+    (route(path='"/api/v1/x y"'), "$.routes[0].path"),
+    (route(path='"/api/v1/é"'), "$.routes[0].path"),
+    (route(path='"/api\\\\x"'), "$.routes[0].path"),
+    (route(path='"https://x.example/y"'), "$.routes[0].path"),
+    (route(upstream_path='"y"'), "$.routes[0].upstream_path"),
+    (route(upstream_path='""'), "$.routes[0].upstream_path"),
+    (route(upstream_path='"/../y"'), "$.routes[0].upstream_path"),
+    (route(upstream_path='"/y/*"'), "$.routes[0].upstream_path"),
+    (route(upstream_path='"/y?key=1"'), "$.routes[0].upstream_path"),
+    (route(methods="[]"), "$.routes[0].methods"),
+    (route(methods='"POST"'), "$.routes[0].methods"),
+    (route(methods='["post"]'), "$.routes[0].methods"),
+    (route(methods='["OPTIONS"]'), "$.routes[0].methods"),
+    (route(methods='["CONNECT"]'), "$.routes[0].methods"),
+    (route(methods='["POST", "POST"]'), "$.routes[0].methods"),
+    (route(upstream='"nobody"'), "$.routes[0].upstream"),
+    (route(adapter='"fax"'), "$.routes[0].adapter"),
+    (route(adapter='"sms"', methods='["GET"]'), "$.routes[0].methods"),
+    (route(adapter='"sms"', methods='["GET", "POST"]'), "$.routes[0].methods"),
+    (twilio() + route(upstream='"sms"'), "$.routes[0].adapter"),
+    (route(scope='"Bad Scope"'), "$.routes[0].scope"),
+    (route(scope='""'), "$.routes[0].scope"),
+    (route(dialect='"xml"'), "$.routes[0].dialect"),
+    (route(x402="true"), "$.routes[0].x402"),
+    # One path and method, two routes.
+    (GOOD + ROUTE, "$.routes[1].path"),
+    (GOOD + ROUTE.replace('["GET"]', '["POST", "GET"]'), "$.routes[1].path"),
+    # Not TOML at all.
+    ("[instance", "farebox.toml"),
+    ("a = ", "farebox.toml"),
+    ("[instance]\n[instance]", "farebox.toml"),
+]  # fmt: skip
+
+# Every path of ours, and what would lie over it.
+OWN = [
+    "/", "/*", "/api/*", "/api/v1/*", "/v1/*", "/healthz", "/healthz/*", "/api/health",
+    "/api/v1/account", "/api/v1/account/", "/api/v1/account/*", "/v1/account", "/v1/account/x",
+    "/api/v1/usage", "/api/v1/usage/*", "/api/v1/usage/summary", "/api/v1/ledger",
+    "/api/v1/keys", "/api/v1/keys/*", "/api/v1/members", "/api/v1/members/*",
+    "/api/v1/session-tokens", "/api/v1/session-tokens/current", "/api/v1/credits/top-up",
+    "/api/v1/credits/redeem", "/api/v1/credits/*", "/api/v1/wallets", "/api/v1/wallets/challenge",
+    "/v1/models", "/v1/models/*", "/v1/webhooks", "/v1/webhooks/x", "/metrics", "/login",
+    "/setup", "/dashboard", "/dashboard/billing", "/admin", "/admin/*", "/docs", "/docs/*",
+    "/docs/errors", "/openapi.json", "/llms.txt", "/llms-full.txt", "/.well-known/*",
+    "/.well-known/jwks.json", "/.well-known/x402", "/discovery/resources", "/discovery/*",
+    "/static/*", "/static/x.css",
+]  # fmt: skip
+BESIDE = [
+    "/api/v1/accounts", "/api/v1/usages/*", "/v1/modelsx", "/v1/chat/completions", "/docs2",
+    "/api/v1/sms/send", "/healthz2", "/metrics-of-mine", "/administration/*", "/v2/*", "/api/v2/*",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "path"), REFUSED)
+def test_a_refusal_names_the_key_path(tmp_path: Path, config: str, path: str) -> None:
+    line = refused(tmp_path / "i", config)
+    assert line.startswith("farebox.toml: ")
+    if path.startswith("$"):
+        named = line.removeprefix("farebox.toml: ")
+        # A list's bad item may be named by its number.
+        assert re.match(re.escape(path) + r"(\[[0-9.]+\])?: ", named), line
+    assert len(line.rpartition(": ")[2]) > 10 or "missing" in line or "unknown" in line
+
+
+@pytest.mark.parametrize("path", OWN)
+def test_a_route_over_a_path_of_ours_is_refused(tmp_path: Path, path: str) -> None:
+    line = refused(tmp_path / "i", route(path=f'"{path}"'))
+    assert line.startswith("farebox.toml: $.routes[0].path: "), line
+    assert "itself" in line
+
+
+@pytest.mark.parametrize("path", BESIDE)
+def test_a_route_beside_a_path_of_ours_is_not(tmp_path: Path, path: str) -> None:
+    assert told(tmp_path / "i", route(path=f'"{path}"')).routes[0].path == path
+
+
+def test_every_path_the_application_has_is_closed_to_routes(tmp_path: Path) -> None:
+    with Box(tmp_path / "i") as box:
+        rules = [rule.rule.partition("<")[0] for rule in box.app.url_map.iter_rules()]
+    assert "/api/v1/usage/" in rules
+    for number, rule in enumerate(rules):
+        line = refused(tmp_path / str(number), route(path=f'"{rule.rstrip("/") or "/"}"'))
+        assert "$.routes[0].path" in line
+
+
+def test_what_was_expected_is_said(tmp_path: Path) -> None:
+    assert 'such as "0.01"' in refused(tmp_path / "a", "[instance]\nusd_per_credit = 'free'")
+    signup = refused(tmp_path / "b", "[instance]\nsignup = 'maybe'")
+    assert "closed" in signup and "open" in signup
+    method = refused(tmp_path / "e", route(methods='["post"]'))
+    assert "POST" in method
+    assert "int" in refused(tmp_path / "c", route(credits='"1"'))
+    assert "host" in refused(tmp_path / "d", api(base_url='"x"'))
+
+
+# ${NAME} and the environment.
+
+
+def test_a_variable_is_taken_from_the_environment_and_kept_secret(tmp_path: Path) -> None:
+    config = api(headers='{ X-Key = "Bearer ${LOOKUP_KEY} ${OTHER}" }')
+    settings = told(tmp_path / "i", config, LOOKUP_KEY="s3cret-value", OTHER="two")
+    assert settings.upstreams["api"].headers == {"X-Key": "Bearer s3cret-value two"}
+    assert {"s3cret-value", "two"} <= settings.secrets
+    # What it brings is a value, never more TOML and never another variable.
+    odd = '"]\nx = 1 ${OTHER}'
+    with pytest.raises(ConfigError):
+        told(tmp_path / "i", config, LOOKUP_KEY=odd, OTHER="two")
+
+
+@pytest.mark.parametrize(
+    ("config", "path", "name"),
+    [
+        (api(headers='{ X-Key = "${LOOKUP_KEY}" }'), "$.upstreams.api.headers.X-Key", "LOOKUP_KEY"),
+        (twilio(auth_token='"${TOKEN}"'), "$.upstreams.sms.auth_token", "TOKEN"),
+        ('[instance]\nhosts = ["a.example", "${HOST_2}"]', "$.instance.hosts[1]", "HOST_2"),
+        (GOOD + ROUTE.replace("/x", "/${P}"), "$.routes[1].path", "P"),
+    ],
+)
+def test_an_unset_variable_is_refused_by_name(
+    tmp_path: Path, config: str, path: str, name: str
+) -> None:
+    for environment in ({}, {name: ""}):
+        line = refused(tmp_path / "i", config, **environment)
+        assert line.startswith(f"farebox.toml: {path}: "), line
+        assert name in line
+
+
+def test_a_refusal_never_shows_a_secret(tmp_path: Path) -> None:
+    for config in (
+        api(base_url='"${SECRET}"'),
+        api(headers='{ X-Key = "${SECRET}\\u00e9" }'),
+        route(path='"${SECRET}"'),
+        '[instance]\nusd_per_credit = "${SECRET}"',
+        '[instance]\ncors_origins = ["${SECRET}"]',
+        api(forward_headers='["${SECRET} x"]'),
+    ):
+        line = refused(tmp_path / "i", config, SECRET="canary-of-the-config")
+        assert "canary" not in line, line
+    line = refused(tmp_path / "i", GOOD, FAREBOX_OPERATOR_KEY="canary-too-short")
+    assert "canary" not in line
+    line = refused(tmp_path / "i", GOOD, FAREBOX_SECRET_KEY="canary-too-short")
+    assert "canary" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("FAREBOX_OPERATOR_KEY", ""),
+        ("FAREBOX_OPERATOR_KEY", "short"),
+        ("FAREBOX_OPERATOR_KEY", "x" * 31),
+        ("FAREBOX_OPERATOR_KEY", "x" * 31 + " "),
+        ("FAREBOX_OPERATOR_KEY", "x" * 32 + "é"),
+        ("FAREBOX_OPERATOR_KEY", "x" * 32 + ",y"),
+        ("FAREBOX_OPERATOR_KEY", "x" * 32 + "\n"),
+        ("FAREBOX_OPERATOR_KEY", "x" * 9000),
+        ("FAREBOX_SECRET_KEY", "short"),
+        ("FAREBOX_BIND", "8402"),
+        ("FAREBOX_BIND", "127.0.0.1"),
+        ("FAREBOX_BIND", "127.0.0.1:"),
+        ("FAREBOX_BIND", "127.0.0.1:http"),
+        ("FAREBOX_BIND", "127.0.0.1:99999"),
+        ("FAREBOX_BIND", "127.0.0.1:0"),
+        ("FAREBOX_BIND", "http://127.0.0.1:8402"),
+        ("FAREBOX_BIND", "127.0.0.1:8402 "),
+        ("FAREBOX_WORKERS", "0"),
+        ("FAREBOX_WORKERS", "-1"),
+        ("FAREBOX_WORKERS", "many"),
+        ("FAREBOX_WORKERS", "1.5"),
+        ("FAREBOX_WORKERS", "1000000"),
+        ("FAREBOX_THREADS", "0"),
+        ("FAREBOX_THREADS", "٣"),
+        ("FAREBOX_TRUSTED_PROXIES", "-1"),
+        ("FAREBOX_TRUSTED_PROXIES", "all"),
+        ("FAREBOX_PUBLIC_URL", "pay.example.com"),
+        ("FAREBOX_PUBLIC_URL", "ftp://pay.example.com"),
+        ("FAREBOX_PUBLIC_URL", "https://"),
+        ("FAREBOX_PUBLIC_URL", "https://pay.example.com?x=1"),
+        ("FAREBOX_PUBLIC_URL", "https://user@pay.example.com"),
+    ],
+)
+def test_a_bad_variable_of_ours_is_refused_by_its_name(
+    tmp_path: Path, name: str, value: str
+) -> None:
+    line = refused(tmp_path / "i", GOOD, **{name: value})
+    assert line.startswith(f"{name}: "), line
+    assert "expected" in line
+
+
+def test_the_environment_has_the_contracts_defaults(tmp_path: Path) -> None:
+    settings = told(tmp_path / "i", GOOD)
+    assert settings.bind == "127.0.0.1:8402"
+    assert settings.public_url == "http://127.0.0.1:8402"
+    assert (settings.workers, settings.threads, settings.trusted_proxies) == (2, 32, 0)
+    assert settings.operator_key is None
+    assert settings.secret_key == (tmp_path / "i" / "secret_key").read_text().strip()
+    assert settings.folder == tmp_path / "i"
+    assert settings.hosts == {"127.0.0.1", "localhost"}
+
+
+def test_the_environment_is_taken(tmp_path: Path) -> None:
+    settings = told(
+        tmp_path / "i",
+        GOOD,
+        FAREBOX_BIND="0.0.0.0:80",
+        FAREBOX_PUBLIC_URL="https://pay.example.com/",
+        FAREBOX_WORKERS="4",
+        FAREBOX_THREADS="8",
+        FAREBOX_TRUSTED_PROXIES="1",
+        FAREBOX_OPERATOR_KEY=OPERATOR_KEY,
+        FAREBOX_SECRET_KEY="s" * 40,
+    )
+    assert (settings.bind, settings.public_url) == ("0.0.0.0:80", "https://pay.example.com")
+    assert (settings.workers, settings.threads, settings.trusted_proxies) == (4, 8, 1)
+    assert (settings.operator_key, settings.secret_key) == (OPERATOR_KEY, "s" * 40)
+    assert {"pay.example.com", "localhost", "127.0.0.1"} <= settings.hosts
+    assert {OPERATOR_KEY, "s" * 40} <= settings.secrets
+    ipv6 = told(tmp_path / "j", GOOD, FAREBOX_BIND="[::1]:8402")
+    assert "::1" in ipv6.hosts
+
+
+def test_generated_secrets_are_made_once_and_only_their_owner_reads_them(tmp_path: Path) -> None:
+    folder = tmp_path / "i"
+    first = told(folder, GOOD).secret_key
+    assert len(first) >= 43
+    assert told(folder, GOOD).secret_key == first
+    assert told(tmp_path / "j", GOOD).secret_key != first
+    assert (folder / "secret_key").stat().st_mode & 0o777 == 0o600
+
+
+# What must load.
+
+
+def test_the_config_of_the_first_run_loads_and_says_what_it_does(tmp_path: Path) -> None:
+    firstrun.prepare_folder(tmp_path / "i")
+    text = (tmp_path / "i" / "farebox.toml").read_text("utf-8")
+    assert text == (ROOT / "templates" / "farebox.toml").read_text("utf-8")
+    assert text.count("#") > 20
+    settings = load({"FAREBOX_INSTANCE": str(tmp_path / "i")})
+    (sms,) = settings.routes
+    assert (sms.path, sms.credits, sms.per) == ("/api/v1/sms/send", 1, "sms_segment")
+    assert (tmp_path / "i" / "farebox.toml").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_commented_lines_of_the_first_config_load_too(tmp_path: Path) -> None:
+    text = (ROOT / "templates" / "farebox.toml").read_text("utf-8")
+    lines = [re.sub(r"^# (?=\[|[a-z_]+ =)", "", line) for line in text.splitlines()]
+    settings = told(
+        tmp_path / "i",
+        "\n".join(lines),
+        TWILIO_ACCOUNT_SID="AC1",
+        TWILIO_AUTH_TOKEN="t",
+        LOOKUP_KEY="k",
+    )
+    assert set(settings.upstreams) == {"sandbox", "sms", "lookup"}
+    assert len(settings.routes) == 2
+
+
+CONTRACT = """
+[instance]
+key_prefix = "fare"
+usd_per_credit = "0.01"           # a decimal string
+signup = "closed"                 # or "open"
+signup_credits = 0                # granted to every new account
+cors_origins = []
+hosts = []
+
+[upstreams.sandbox]
+kind = "sandbox"
+[upstreams.sms]
+kind = "twilio"
+account_sid = "${TWILIO_ACCOUNT_SID}"
+auth_token = "${TWILIO_AUTH_TOKEN}"
+from = "+15005550006"
+[upstreams.lookup]
+kind = "http"
+base_url = "https://api.example.com"
+headers = { X-Api-Key = "${LOOKUP_KEY}" }
+forward_headers = ["X-Trace"]
+return_headers = ["X-Quota"]
+timeout_seconds = 120
+max_seconds = 3600
+
+[[routes]]
+path = "/api/v1/sms/send"
+methods = ["POST"]
+upstream = "sandbox"
+adapter = "sms"
+scope = "sms:send"
+credits = 1
+per = "sms_segment"
+cost_usd = "0.0079"
+body_bytes = 1048576
+
+[[routes]]
+path = "/api/v1/lookup/*"
+methods = ["GET", "POST"]
+upstream = "lookup"
+upstream_path = "/v2/*"
+credits = 3
+per = "unit"
+units = { from = "json", pointer = "/usage/pages", max = 20 }
+
+[limits]
+requests_per_minute = 600
+body_bytes = 1048576
+failed_auth_per_minute = 30
+concurrent_calls = 128
+"""
+
+
+def test_the_contracts_example_loads(tmp_path: Path) -> None:
+    secrets = {"TWILIO_ACCOUNT_SID": "AC1", "TWILIO_AUTH_TOKEN": "t0", "LOOKUP_KEY": "k0"}
+    settings = told(tmp_path / "i", CONTRACT, **secrets)
+    assert settings.usd_per_credit == Decimal("0.01")
+    assert settings.upstreams["sms"].auth_token == "t0"
+    lookup = settings.routes[1]
+    assert lookup.units is not None
+    assert (lookup.units.pointer, lookup.units.max) == ("/usage/pages", 20)
+    # And it is what one gets without saying it.
+    bare = told(tmp_path / "j", "")
+    assert (bare.limits, bare.instance) == (settings.limits, settings.instance)
+    assert bare.usd_per_credit == settings.usd_per_credit
+    minimal = told(tmp_path / "k", api() + ROUTE.replace("sandbox", "api"))
+    assert minimal.upstreams["api"].timeout_seconds == 120
+    assert minimal.upstreams["api"].max_seconds == 3600
+    assert (minimal.routes[0].adapter, minimal.routes[0].per) == ("forward", "call")
+
+
+def test_the_same_path_may_have_a_route_for_each_method(tmp_path: Path) -> None:
+    config = GOOD + ROUTE.replace('"GET"', '"POST", "PUT"') + ROUTE.replace("/x", "/x/*")
+    assert len(told(tmp_path / "i", config).routes) == 3
+
+
+# What an operator sees.
+
+
+def environment(folder: Path, **changes: str) -> dict[str, str]:
+    ours = {k: v for k, v in os.environ.items() if not k.startswith("FAREBOX_")}
+    return ours | {"FAREBOX_INSTANCE": str(folder), "FAREBOX_BIND": "127.0.0.1:1"} | changes
+
+
+def run(command: list[str], folder: Path, **changes: str) -> subprocess.CompletedProcess[str]:
+    program = Path(sys.executable).with_name(command[0])
+    return subprocess.run(
+        [str(program), *command[1:]],
+        cwd=ROOT,
+        env=environment(folder, **changes),
+        capture_output=True,
+        text=True,
+        timeout=30,
+    )
+
+
+SERVE = ["gunicorn", "-c", "gunicorn.conf.py"]
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "changes", "names"),
+    [
+        (SERVE, route(credits=None), {}, "$.routes[0].credits"),
+        (SERVE, GOOD, {"FAREBOX_OPERATOR_KEY": "short"}, "FAREBOX_OPERATOR_KEY"),
+        (["flask", "users", "list"], route(credits=None), {}, "$.routes[0].credits"),
+        (["flask", "doctor"], "[limits]\nper_hour = 1", {}, "$.limits.per_hour"),
+        (["flask", "credits", "balance", "a@b.example"], api(base_url='"${UNSET_HERE}"'), {},
+         "UNSET_HERE"),
+    ],
+)  # fmt: skip
+def test_a_refusal_is_one_line_on_standard_error_and_exit_code_2(
+    tmp_path: Path, command: list[str], config: str, changes: dict[str, str], names: str
+) -> None:
+    folder = tmp_path / "i"
+    folder.mkdir()
+    (folder / "farebox.toml").write_text(config, "utf-8")
+    done = run(command, folder, **changes)
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert names in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not (folder / "farebox.db").exists()
+
+
+def test_a_schema_from_the_future_is_refused_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / "i"
+    with Box(folder) as box:
+        box.instance.db.row("SELECT 1")
+    connection = apsw.Connection(str(folder / "farebox.db"))
+    connection.pragma("user_version", 9999)
+    connection.close()
+    for command in (["flask", "users", "list"], SERVE):
+        done = run(command, folder)
+        assert done.returncode == 2, done
+        assert "9999" in done.stderr
+        assert "Traceback" not in done.stderr
+        if command is not SERVE:
+            assert len(done.stderr.strip().splitlines()) == 1

@@ -14,6 +14,7 @@ import pytest
 from server import free_port, until
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 
 
 class Run:

@@ -24,9 +24,15 @@ bench: .venv/dev-installed ## Farebox beside a bare pass-through
 torture: .venv/dev-installed ## the long sizes of the race and crash tests
 	@FAREBOX_TORTURE=1 $(BIN)/python -m pytest
 
-lock: ## pin requirements.txt and all it needs, by hash
+lock: .venv/uv ## pin requirements.txt and all it needs, by hash
 	@$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-annotate --no-emit-index-url --quiet -o requirements.lock requirements.txt
+
+.venv/uv: requirements-dev.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		$$(grep '^uv==' requirements-dev.txt)
+	@touch $@
 
 .venv/installed: requirements.lock
 	@test -n "$(PYTHON)" || { echo "Farebox needs Python 3.11 or later."; exit 1; }

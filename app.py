@@ -38,6 +38,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     app = Flask(__name__)
     app.secret_key = settings.secret_key
     app.url_map.merge_slashes = False
+    app.config["MAX_CONTENT_LENGTH"] = 64 * 1024  # forms; paid routes have limits of their own
     app.session_interface = NoSessions()
     instance = Instance(settings)
     instance.migrate()

@@ -144,7 +144,7 @@ class Settings:
     upstreams: dict[str, UpstreamSection]
     routes: list[RouteSection]
     limits: LimitsSection
-    # What must never be written to a log: the operator key and all that came by ${NAME}.
+    # What no log may show: the instance's keys, the upstreams', and all that came by ${NAME}.
     secrets: frozenset[str]
 
     @property
@@ -214,9 +214,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         upstreams=file.upstreams,
         routes=file.routes,
         limits=file.limits,
-        secrets=frozenset(
-            {secret_key, *interpolated} | ({operator_key} if operator_key else set())
-        ),
+        secrets=frozenset(filter(None, {secret_key, operator_key, *interpolated, *_written(file)})),
     )
 
 
@@ -311,6 +309,13 @@ def _choices() -> dict[str, tuple[str, ...]]:
     return found
 
 
+def _written(file: _File) -> set[str]:
+    """The secrets that upstreams are sent, wherever they came from."""
+    sections = file.upstreams.values()
+    values = {value for section in sections for value in section.headers.values()}
+    return values | {section.auth_token for section in sections if section.auth_token}
+
+
 # What types alone cannot say
 
 
@@ -356,6 +361,8 @@ def _check_upstream(at: str, upstream: UpstreamSection) -> None:
         _check_url(f"{at}.base_url", upstream.base_url)
     for name, value in upstream.headers.items():
         _check_header_name(f"{at}.headers.{name}", name)
+        if name.lower() in (_CONNECTION | {"x-request-id"}) - {"host"}:
+            _fail(f"{at}.headers.{name}", "this header of a request is ours to set")
         if not re.fullmatch(r"[\x20-\x7e\t]*", value):
             _fail(f"{at}.headers.{name}", "expected a value of printable ASCII")
     for key in ("forward_headers", "return_headers"):

@@ -168,7 +168,7 @@ class Database:
             finally:
                 fcntl.flock(self._lock, fcntl.LOCK_UN)
         except BaseException as error:
-            # Only an interpreter on its way out comes here; whoever waits must not wait for ever.
+            # The lock itself failed, or the interpreter is on its way out. Nobody waits for ever.
             for job in batch:
                 if not job.done:
                     job.error = error
@@ -211,8 +211,11 @@ class Database:
             tx.run("COMMIT")
         except BaseException:
             assert self._writer is not None
-            if self._writer.in_transaction:  # SQLite itself rolls back when the disk is full
-                tx.run("ROLLBACK")
+            try:
+                if self._writer.in_transaction:  # SQLite itself rolls back when the disk is full
+                    tx.run("ROLLBACK")
+            except apsw.Error:
+                self._tx = None  # the next batch begins with a fresh connection
             raise
         for job, result in zip(batch, results, strict=True):
             job.result = result

@@ -3,17 +3,16 @@
 import json
 import logging
 import socket
+from http import HTTPStatus
 from typing import Any
 
 from gunicorn import glogging
+from gunicorn.http.errors import ParseException
 from gunicorn.workers import gthread
 
+from core import errors, tokens
+
 _DRAIN_BYTES = 1024 * 1024
-_BAD_REQUEST = {
-    "success": False,
-    "error": "validation_error",
-    "message": "The request is not HTTP as it is understood here.",
-}
 
 
 class _Connection(gthread.TConn):
@@ -48,14 +47,26 @@ class Worker(gthread.ThreadWorker):
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
         """Refuse what is not HTTP, in JSON; gunicorn's own page repeats what was sent."""
-        self.log.warning("not HTTP: %s", type(exc).__name__)
-        body = json.dumps(_BAD_REQUEST).encode() + b"\n"
-        head = (
-            "HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: application/json\r\n"
-            f"Cache-Control: no-store\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
+        if isinstance(exc, ParseException):
+            why = errors.invalid_body("The request is not HTTP as it is understood here.")
+            self.log.warning("not HTTP: %s", type(exc).__name__)
+        else:
+            why = errors.Refusal("internal_error", "Something went wrong here.")
+            self.log.error("a request failed outside the application", exc_info=exc)
+        request_id = tokens.new_id("req")
+        body = json.dumps(why.body("flat", request_id, "")).encode() + b"\n"
+        status = HTTPStatus(why.kind.status)
+        head = [
+            f"HTTP/1.1 {status.value} {status.phrase}",
+            "Connection: close",
+            "Content-Type: application/json",
+            "Cache-Control: no-store",
+            f"Content-Length: {len(body)}",
+            f"X-Request-Id: {request_id}",
+            *(f"{name}: {value}" for name, value in why.all_headers().items()),
+        ]
         try:
-            client.sendall(head.encode() + body)
+            client.sendall("\r\n".join([*head, "", ""]).encode() + body)
         except OSError:
             self.log.debug("the client did not wait for its refusal")
 

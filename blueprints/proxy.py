@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from http import HTTPStatus
 from typing import Any
 
+from gunicorn.http.errors import ParseException
 from werkzeug.wsgi import ClosingIterator, get_input_stream
 
 from blueprints import cors
@@ -121,7 +122,7 @@ def _receiver(environ: Environ) -> Callable[[int], bytes]:
     def receive(size: int) -> bytes:
         try:
             return stream.read(size)
-        except OSError as error:
+        except (OSError, ParseException) as error:
             raise errors.invalid_body("The body did not arrive whole.") from error
 
     return receive
@@ -131,13 +132,15 @@ def _too_large(limit: int, receive: Callable[[int], bytes], unread: int | None) 
     if unread is None or unread <= _DRAIN_BYTES:
         deadline = time.monotonic() + _DRAIN_SECONDS
         drained = 0
-        while drained <= _DRAIN_BYTES and time.monotonic() < deadline:
-            part = receive(_CHUNK)
-            if not part:
-                break
-            drained += len(part)
+        try:
+            while drained <= _DRAIN_BYTES and time.monotonic() < deadline:
+                part = receive(_CHUNK)
+                if not part:
+                    break
+                drained += len(part)
+        except Refusal:
+            drained = 0  # the sender has stopped, which is as well
     return Refusal(
         "body_too_large",
         f"The body is larger than the {limit} bytes this route accepts.",
-        headers={"Connection": "close"},
     )

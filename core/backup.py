@@ -103,6 +103,8 @@ def restore(folder: Path, source: Path) -> Path | None:
         replaced = [folder / path.name for path in new.iterdir() if (folder / path.name).exists()]
         # A log left beside the old database would be played back into the new one.
         replaced += [path for path in folder.glob(f"{DATABASE}-*") if path not in replaced]
+        if incarnation.any_alive(folder / "workers"):  # unpacking takes a while
+            raise BackupError("the server was started meanwhile; stop it first")
         aside = None
         if replaced:
             aside = Path(tempfile.mkdtemp(dir=folder, prefix="before-restore-"))

@@ -34,23 +34,24 @@ def page(
 def get(
     db: Database, account_id: str, key_id: str | None, request_id: str
 ) -> dict[str, Any] | None:
-    """The newest call of that request id, ours or one the caller chose; None when there is none."""
+    """The call of that id, or else the newest whose caller chose it; None when there is none."""
     row = db.row(
         f"SELECT {_COLUMNS} FROM call WHERE {_of(key_id)}"
         " AND (id = :request OR (request_id = :request AND request_id <> id))"
-        " ORDER BY number DESC LIMIT 1",
+        " ORDER BY CASE WHEN id = :request THEN 0 ELSE 1 END, number DESC LIMIT 1",
         {"account": account_id, "key_id": key_id, "request": request_id},
     )
     return None if row is None else _to_json(row)
 
 
 def ids_of_request(tx: Tx, request_id: str) -> list[str]:
-    """The ids of all calls, of whatever account, that a request id names."""
+    """The ids of the calls a request id names: its own, or else all whose callers chose it."""
     rows = tx.rows(
         "SELECT id FROM call WHERE id = :request OR (request_id = :request AND request_id <> id)",
         {"request": request_id},
     )
-    return [row[0] for row in rows]
+    found = [row[0] for row in rows]
+    return [request_id] if request_id in found else found
 
 
 def in_flight(tx: Tx) -> list[tuple[str, str]]:

@@ -46,7 +46,7 @@ KINDS: dict[str, Kind] = {
     "internal_error": Kind(500, _API, True, "Our fault; nothing was charged. The request id finds it in the operator's log."),
     "provider_error": Kind(502, _API, True, "The upstream failed or could not be reached. What was set aside is back (`refunded`); nothing was charged."),
     "storage_unavailable": Kind(503, _API, True, "The database could not answer just now. Nothing was charged."),
-    "overloaded": Kind(503, _API, True, "Too many new keys are being verified at this moment. Try again after `Retry-After` seconds."),
+    "overloaded": Kind(503, _API, True, "Too much is being done at this moment, such as verifying keys for the first time. Try again after `Retry-After` seconds."),
     "provider_timeout": Kind(504, _API, True, "The upstream did not answer in time. What was set aside is back (`refunded`); nothing was charged."),
 }  # fmt: skip
 

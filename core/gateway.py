@@ -4,6 +4,7 @@
 """
 
 import errno
+import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ WHOLE_BYTES = MIB
 # These speak of the operator's credentials upstream, which are not the caller's business.
 _OPERATORS_FAULT = frozenset({401, 403, 407})
 _NO_LIMIT = 10**9
+_PIECE_BYTES = 16 * 1024
 _QUERY = re.compile(r"[\x21-\x7e]*")
 
 
@@ -190,8 +192,8 @@ class _Road(NamedTuple):
             self.route.cost(answer.units),
         )  # fmt: skip
         stored = Stored(answer.status, answer.headers, answer.body)
-        after = settlement.capture(price, outcome, stored)
-        charged = price if self.principal.pays else 0
+        resolved = settlement.capture(price, outcome, stored)
+        charged, after = (0, None) if resolved is None else (resolved.captured, resolved.standing)
         headers = dict(answer.headers) | _charge(self.principal, charged, after)
         return Reaction(answer.status, headers, answer.body)
 
@@ -211,7 +213,9 @@ class _Road(NamedTuple):
         answer = self.adapter.answer(self.route, self.order, reply, b"")
         headers = dict(answer.headers) | {"X-Credits-Held": str(self.call.held)}
         length = reply.headers.get("content-length", "")
-        if length.isascii() and length.isdigit():
+        # With a transfer coding the length means nothing (RFC 9112, 6.3), and here would do harm.
+        framed = "transfer-encoding" in reply.headers
+        if length.isascii() and length.isdigit() and not framed:
             headers["Content-Length"] = length  # so that a client can tell that it was cut
         price = self.route.price(answer.units)
         outcome = Outcome(
@@ -248,12 +252,11 @@ class _Passage:
     def chunks(self) -> Iterator[bytes]:
         """The body. Whoever reads on has delivered what was read before."""
         try:
-            if self._first:
-                yield self._note(self._first)
-                self._delivered = True
-            for chunk in self._chunks:
-                yield self._note(chunk)
-                self._delivered = True
+            for chunk in itertools.chain([self._first], self._chunks):
+                self._note(chunk)
+                for start, end in _cuts(len(chunk), alone=not self._delivered):
+                    yield chunk[start:end]
+                    self._delivered = True
         except Refusal as refusal:
             # The head is gone out, so the break can only be shown by breaking off too.
             raise ConnectionResetError(errno.ECONNRESET, refusal.message) from refusal
@@ -261,17 +264,19 @@ class _Passage:
 
     def close(self) -> None:
         """Charge the price once a byte was delivered or the answer is complete; else nothing."""
-        self._reply.close()
-        if not self._complete and not self._delivered:
-            self._settlement.void(self._outcome.upstream_status)
-            return
         stored = None
         if self._complete and self._kept is not None:
             status = self._outcome.upstream_status or 200
             stored = Stored(status, self._headers, b"".join(self._kept))
-        self._settlement.capture_sent(self._price, self._outcome, stored)
+        try:
+            if self._complete or self._delivered:
+                self._settlement.capture_sent(self._price, self._outcome, stored)
+            else:
+                self._settlement.void(self._outcome.upstream_status)
+        finally:
+            self._reply.close()
 
-    def _note(self, chunk: bytes) -> bytes:
+    def _note(self, chunk: bytes) -> None:
         """Keep a copy for repeats, as long as all of it is small enough."""
         if self._kept is not None:
             self._kept_bytes += len(chunk)
@@ -279,4 +284,16 @@ class _Passage:
                 self._kept = None
             else:
                 self._kept.append(chunk)
-        return chunk
+
+
+def _cuts(length: int, alone: bool) -> Iterator[tuple[int, int]]:
+    """Where a piece is cut for sending, its first byte apart if it is to go `alone`.
+
+    A piece counts as delivered when the server has sent all of it, so a large one would be free to
+    a client that takes most of it and hangs up.
+    """
+    start = 0
+    while start < length:
+        end = min(length, start + (1 if alone and start == 0 else _PIECE_BYTES))
+        yield start, end
+        start = end

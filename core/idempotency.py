@@ -14,6 +14,7 @@ from models import Tx
 
 LIFE_MS = clock.DAY_MS
 LARGEST_ANSWER = 1024 * 1024
+PRUNED_AT_ONCE = 500
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
@@ -108,11 +109,11 @@ def release(tx: Tx, account_id: str, key: str, call_id: str) -> None:
     )
 
 
-def prune(tx: Tx, now: int, batch: int = 500) -> None:
-    """Forget answers older than a day, a batch at a time."""
-    tx.run(
+def prune(tx: Tx, now: int) -> int:
+    """Forget answers older than a day, a batch at a time; how many."""
+    return tx.run(
         "DELETE FROM idempotency WHERE (account_id, key) IN"
         " (SELECT account_id, key FROM idempotency"
         "  WHERE created_at < :oldest AND state <> 'running' LIMIT :batch)",
-        {"oldest": now - LIFE_MS, "batch": batch},
+        {"oldest": now - LIFE_MS, "batch": PRUNED_AT_ONCE},
     )

@@ -41,9 +41,12 @@ def spend_rate(tx: Tx, subject: str, limit: int, now: int) -> Rate:
     row = tx.row(
         "INSERT INTO rate_window (subject, minute, used) VALUES (:subject, :minute, 1)"
         " ON CONFLICT (subject) DO UPDATE SET"
-        " used = CASE WHEN rate_window.minute = :minute THEN rate_window.used + 1 ELSE 1 END,"
-        " minute = :minute RETURNING used",
-        {"subject": subject, "minute": minute},
+        " used = CASE WHEN rate_window.minute IN (:minute, :next) THEN rate_window.used + 1 ELSE 1"
+        " END, minute = CASE WHEN rate_window.minute = :next THEN :next ELSE :minute END"
+        " RETURNING used",
+        # A request that was read in the last minute may be written in this one; were it to open its
+        # own minute again, it would close this one's count.
+        {"subject": subject, "minute": minute, "next": minute + 1},
     )
     assert row is not None  # the statement always writes a row
     return _rate(row[0], limit, now)

@@ -1,9 +1,10 @@
 """One ending for every call, whichever way it leaves: captured or voided, once."""
 
 import logging
+import sys
 from collections.abc import Callable
 
-from core import clock, errors, idempotency, ledger, limits
+from core import clock, idempotency, ledger, limits
 from core.idempotency import Stored
 from core.instance import Instance
 from core.ledger import Outcome, Resolved, Standing
@@ -49,11 +50,11 @@ class Settlement:
         self._settled = False
         self._started = clock.monotonic()
 
-    def capture(self, credits: int, outcome: Outcome, answer: Stored | None) -> Standing | None:
-        """Charge; the account after it. On the disk when this returns.
+    def capture(self, credits: int, outcome: Outcome, answer: Stored | None) -> Resolved | None:
+        """Charge; how it ended, on the disk when this returns. None when it had ended before.
 
-        Raises `storage_unavailable` when the database cannot; the hold is then voided as soon as
-        it can, because the caller is told that nothing was charged.
+        Raises `storage_unavailable`, or what else went wrong, when the database cannot; the hold is
+        then voided as soon as it can, because the caller is told that nothing was charged.
         """
         if self._settled:
             return None
@@ -63,10 +64,12 @@ class Settlement:
             resolved = self._instance.db.write(
                 lambda tx: capture(tx, self.call_id, credits, outcome, answer, now), durable=True
             )
-        except errors.Refusal:
+        except Exception:
             self._later(lambda tx: void(tx, self.call_id, outcome))
             raise
-        return None if resolved is None else resolved.standing
+        if resolved is None:
+            log.error("call %s was resolved before its answer came; it is free", self.call_id)
+        return resolved
 
     def capture_sent(self, credits: int, outcome: Outcome, answer: Stored | None) -> None:
         """Charge for an answer that is already delivered. Never raises: the charge is made later
@@ -81,7 +84,7 @@ class Settlement:
 
         try:
             self._instance.db.write(work, durable=True)
-        except errors.Refusal:
+        except Exception:
             self._later(work)
 
     def void(self, upstream_status: int | None = None) -> Standing | None:
@@ -96,7 +99,7 @@ class Settlement:
 
         try:
             resolved = self._instance.db.write(work)
-        except errors.Refusal:
+        except Exception:
             self._later(work)
             return None
         return None if resolved is None else resolved.standing
@@ -109,7 +112,11 @@ class Settlement:
             self._later(lambda tx: void(tx, call_id, outcome))
 
     def _later(self, work: Callable[[Tx], object]) -> None:
-        log.error("call %s could not be settled; it will be tried again", self.call_id)
+        log.error(
+            "call %s could not be settled; it will be tried again",
+            self.call_id,
+            exc_info=sys.exc_info()[1],
+        )
         self._instance.unsettled.append(work)
 
     def _timed(self, outcome: Outcome) -> Outcome:

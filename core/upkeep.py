@@ -25,14 +25,28 @@ def void_orphans(instance: Instance) -> int:
     for start in range(0, len(orphans), ORPHANS_AT_ONCE):
         batch = orphans[start : start + ORPHANS_AT_ONCE]
 
-        def work(tx: Tx, batch: list[str] = batch) -> None:
+        try:
+            _void_all(instance, batch)
+        except errors.Refusal:
+            raise
+        except Exception:
+            # One that cannot be voided must not keep the others.
             for call_id in batch:
-                settlement.void(tx, call_id, Outcome(None, None))
-
-        instance.db.write(work)
+                try:
+                    _void_all(instance, [call_id])
+                except Exception:
+                    log.exception("the orphan hold of call %s cannot be voided", call_id)
     if orphans:
         log.warning("voided %d holds of workers that are gone", len(orphans))
     return len(orphans)
+
+
+def _void_all(instance: Instance, call_ids: list[str]) -> None:
+    def work(tx: Tx) -> None:
+        for call_id in call_ids:
+            settlement.void(tx, call_id, Outcome(None, None))
+
+    instance.db.write(work)
 
 
 def settle_late(instance: Instance) -> None:
@@ -44,6 +58,9 @@ def settle_late(instance: Instance) -> None:
         except errors.Refusal:
             instance.unsettled.append(work)
             return
+        except Exception:
+            instance.unsettled.append(work)
+            log.exception("a late ending failed; trying again")
 
 
 def tidy(instance: Instance) -> None:
@@ -51,7 +68,8 @@ def tidy(instance: Instance) -> None:
     now = clock.now_ms()
     instance.db.write(lambda tx: keys.latch_expired(tx, now))
     instance.db.write(lambda tx: users.latch_expired_links(tx, now))
-    instance.db.write(lambda tx: idempotency.prune(tx, now))
+    while instance.db.write(lambda tx: idempotency.prune(tx, now)) == idempotency.PRUNED_AT_ONCE:
+        pass  # another batch: sustained traffic must not outrun the pruning
     instance.db.write(lambda tx: limits.prune(tx, now))
     instance.db.checkpoint()
 

@@ -6,6 +6,7 @@ every wait. A reply can be read whole or in chunks as they arrive.
 """
 
 import logging
+import math
 import re
 import select
 import ssl
@@ -90,7 +91,7 @@ class _Wire:
         self.easy = pycurl.Curl()
         self._multi = pycurl.CurlMulti()
         self._poll = select.poll()
-        self._timer_ms = -1
+        self._timer: float | None = None
         self._descriptor = -1
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._on_socket)
         self._multi.setopt(pycurl.M_TIMERFUNCTION, self._on_timer)
@@ -116,6 +117,7 @@ class _Wire:
         self._multi.add_handle(self.easy)
 
     def stop(self) -> None:
+        self._descriptor = self.easy.getinfo(pycurl.ACTIVESOCKET)  # -1 when it is closed
         self._multi.remove_handle(self.easy)
         self.easy.reset()  # also lets go of the callbacks, and so of the reply
 
@@ -124,19 +126,19 @@ class _Wire:
 
         True: go on. False: the transfer is complete. A pair: libcurl's error code and words.
         """
-        timer_ms = self._timer_ms
-        if timer_ms == 0:
-            self._timer_ms = -1
-            self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
+        left_ms = patience_ms
+        if self._timer is not None:
+            left_ms = min(patience_ms, math.ceil((self._timer - clock.monotonic()) * 1000))
+        if left_ms <= 0:
+            self._expire()
         else:
-            events = self._poll.poll(patience_ms if timer_ms < 0 else min(timer_ms, patience_ms))
+            events = self._poll.poll(left_ms)
             for descriptor, event in events:
                 readable = pycurl.CSELECT_IN if event & ~select.POLLOUT else 0
                 writable = pycurl.CSELECT_OUT if event & select.POLLOUT else 0
                 self._multi.socket_action(descriptor, readable | writable)
-            if not events and 0 < timer_ms <= patience_ms:
-                self._timer_ms = -1
-                self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
+            if not events and left_ms < patience_ms:
+                self._expire()
         _, done, failed = self._multi.info_read()
         if failed:
             return failed[0][1], failed[0][2]
@@ -146,12 +148,16 @@ class _Wire:
         if what == pycurl.POLL_REMOVE:
             self._poll.unregister(descriptor)
             return
-        self._descriptor = descriptor
         events = select.POLLIN if what & pycurl.POLL_IN else 0
         self._poll.register(descriptor, events | (select.POLLOUT if what & pycurl.POLL_OUT else 0))
 
     def _on_timer(self, milliseconds: int) -> None:
-        self._timer_ms = milliseconds
+        self._timer = None if milliseconds < 0 else clock.monotonic() + milliseconds / 1000
+
+    def _expire(self) -> None:
+        """Tell libcurl that the moment it asked for has come."""
+        self._timer = None
+        self._multi.socket_action(pycurl.SOCKET_TIMEOUT, 0)
 
 
 class _HttpReply:
@@ -199,6 +205,7 @@ class _HttpReply:
         while True:
             arrived, self._arrived = self._arrived, []
             yield from arrived
+            self._touch()  # what the client took to read is not the upstream's silence
             if self._failure is not None:
                 raise self._failure
             if self._complete:
@@ -265,9 +272,12 @@ class _HttpReply:
         elif self.status >= 200:  # the heads before it were 1xx
             self._head_done = True
 
-    def _on_body(self, data: bytes) -> None:
+    def _on_body(self, data: bytes) -> int:
+        if not self._head_done:
+            return 0  # a body without a head we understand: libcurl gives up
         self._touch()
         self._arrived.append(data)
+        return len(data)
 
     def _on_send(self, size: int) -> bytes:
         self._touch()

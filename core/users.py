@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from core import clock, errors, ledger, tokens
 from core.keys import HASHER
+from core.ledger import OPERATOR_ACCOUNT
 from models import Tx
 
 SETUP_LIFE_MS = 7 * clock.DAY_MS
@@ -98,6 +99,10 @@ def account_of(tx: Tx, who: str) -> str:
 
     Raises `not_found`.
     """
+    if who == OPERATOR_ACCOUNT:
+        raise errors.Refusal(
+            "conflict", f"{who} records the operator key's calls; it has no credits."
+        )
     column = "email" if "@" in who else "id"
     table = "user" if "@" in who else "account"
     result = "account_id" if "@" in who else "id"

@@ -1,7 +1,8 @@
 """The adapter that speaks one SMS contract, whatever the upstream speaks.
 
 In: `{"to": "+18148835337", "message": "hi"}`. Out: `{"success": true, "provider", "messageId",
-"to", "segments"}`. The price is fixed by our own count of segments before anything is sent.
+"to", "segments"}`. The price is fixed by our own count of segments before anything is sent, and the
+answer gives that count, whatever the provider counts later.
 """
 
 import base64
@@ -53,6 +54,7 @@ class SmsAdapter:
 
     def order(self, route: Route, inbound: Inbound) -> Order:
         sms = _read(inbound.body)
+        route.target(inbound.path)
         parts = segments.count(sms.message)
         return Order(parts, (sms, parts, inbound.request_id))
 
@@ -110,7 +112,7 @@ class SmsAdapter:
 
     def refusal(self, route: Route, order: Order, reply: Reply, body: bytes) -> Answer:
         said = _object(body) or {}
-        code = said.get("code")
+        code = said.get("code") if isinstance(said.get("code"), int) else None
         if code in _ABOUT_THE_NUMBER:
             raise errors.invalid_body(f"The provider refused the number ({code}).", "to")
         if code in _ABOUT_THE_TEXT:

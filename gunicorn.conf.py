@@ -76,7 +76,13 @@ def when_ready(server):
 def post_worker_init(worker):
     instance = worker.wsgi.extensions["farebox"]
     instance.incarnation()  # from now on `restore` knows that somebody serves
-    Upkeep(instance).start()
+    worker.upkeep = Upkeep(instance)
+    worker.upkeep.start()
+
+
+def worker_exit(server, worker):
+    if hasattr(worker, "upkeep"):
+        worker.upkeep.stop()
 
 
 def _greet():

@@ -80,10 +80,10 @@ class Upkeep(threading.Thread):
     def __init__(self, instance: Instance) -> None:
         super().__init__(name="upkeep", daemon=True)
         self._instance = instance
+        self._stopped = threading.Event()
 
     def run(self) -> None:
-        pause = threading.Event()
-        while True:
+        while not self._stopped.is_set():
             for duty in (settle_late, void_orphans, tidy):
                 try:
                     duty(self._instance)
@@ -91,4 +91,10 @@ class Upkeep(threading.Thread):
                     log.warning("%s: the database is in trouble; trying again", duty.__name__)
                 except Exception:
                     log.exception("%s failed; trying again", duty.__name__)
-            pause.wait(EVERY_SECONDS * random.uniform(0.8, 1.2))
+            self._stopped.wait(EVERY_SECONDS * random.uniform(0.8, 1.2))
+
+    def stop(self) -> None:
+        """End after the round in progress. An interpreter that ends under a thread in the middle of
+        a statement can wait for ever for the lock that thread holds."""
+        self._stopped.set()
+        self.join(timeout=5)

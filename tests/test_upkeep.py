@@ -601,6 +601,9 @@ def test_upkeep_goes_on_when_the_database_is_in_trouble(
         return run
 
     class Pause:
+        def is_set(self) -> bool:
+            return False
+
         def wait(self, seconds: float) -> None:
             assert 0 < seconds < 10
             if len(done) >= 6:

@@ -45,6 +45,19 @@ gthread.TConn = _Connection  # type: ignore[misc]
 class Worker(gthread.ThreadWorker):
     """The worker that serves Farebox."""
 
+    _quitting = False
+
+    def handle_quit(self, sig: Any, frame: Any) -> None:
+        """Stop at once, once.
+
+        Ctrl-C reaches a worker twice, from the terminal and from the master. The second signal may
+        interrupt the handler of the first while it holds the thread pool's lock, which it would
+        then wait for itself.
+        """
+        if not self._quitting:
+            self._quitting = True
+            super().handle_quit(sig, frame)
+
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
         """Refuse what is not HTTP, in JSON; gunicorn's own page repeats what was sent."""
         if isinstance(exc, ParseException):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import threading
 import time
@@ -11,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 from conftest import StartFarebox
 from doubles import Upstream
-from server import Farebox
+from server import Farebox, until
 
 HALF_SENT = 40
 STALLED_READERS = 16
@@ -139,3 +141,17 @@ def test_stalled_clients_do_not_keep_healthz_from_answering(
     assert box.workers() == workers, "a worker was killed for its clients' sake"
     # Half a body is no request: it was never sent on.
     assert {hit.path for hit in upstream.hits("/ok")} == {"/ok/between"}
+
+
+def test_signals_that_overtake_each_other_still_end_a_worker() -> None:
+    """Ctrl-C: the terminal signals every process, and the master its workers once more."""
+    with Farebox("", workers=1) as box:
+        (worker,) = box.workers()
+        for _ in range(200):
+            try:
+                os.kill(worker, signal.SIGINT)
+                os.kill(worker, signal.SIGQUIT)
+            except ProcessLookupError:
+                break
+        until(lambda: worker not in box.workers(), 10, "the worker's end")
+        until(box.healthy, 10, "its successor")

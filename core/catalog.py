@@ -65,6 +65,10 @@ class Route:
             return self.upstream_path[:-1] + suffix
         return self.upstream_path
 
+    def url(self, path: str) -> str:
+        """Where a request's path goes, without its query. Raises as `target` does."""
+        return (self.upstream.base_url or "http://sandbox").rstrip("/") + self.target(path)
+
     def price(self, units: int) -> int:
         """What so many units cost, in credits."""
         return self.credits if self.per == "call" else self.credits * units

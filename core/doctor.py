@@ -6,6 +6,7 @@ from typing import NamedTuple
 import apsw
 
 from core import clock, ledger, limits, upstream
+from core.adapters.sms import TWILIO_URL
 from core.errors import Refusal
 from core.instance import Instance
 
@@ -29,7 +30,7 @@ def examine(instance: Instance) -> Iterator[Finding]:
         if section.kind == "sandbox":
             yield Finding("ok", f"upstream {name}: sandbox, answers by itself")
         else:
-            url = section.base_url or "https://api.twilio.com"
+            url = section.base_url or TWILIO_URL
             problem = upstream.reach(url, _PATIENCE_SECONDS)
             yield Finding("bad" if problem else "ok", f"upstream {name}: {problem or 'reachable'}")
     used = {route.upstream for route in settings.routes}

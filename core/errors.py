@@ -4,7 +4,7 @@ A rule that refuses raises `Refusal`; the code decides status and type, so that 
 never has two faces. `about` is what `/docs/errors` says of the code.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +109,7 @@ def not_found() -> Refusal:
     return Refusal("not_found", "There is nothing here.")
 
 
-def method_not_allowed(allowed: Mapping[str, Any] | set[str] | frozenset[str]) -> Refusal:
+def method_not_allowed(allowed: Iterable[str]) -> Refusal:
     allow = ", ".join(sorted(allowed))
     return Refusal("method_not_allowed", f"Use one of: {allow}.", headers={"Allow": allow})
 

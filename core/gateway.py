@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from core import access, clock, errors, idempotency
 from core.access import Principal
-from core.adapters import Adapter, Inbound, Order
+from core.adapters import Adapter, Answer, Inbound, Order
 from core.adapters.forward import Forward
 from core.adapters.sms import SmsAdapter
 from core.admission import Admission, admit
@@ -186,13 +186,9 @@ class _Road(NamedTuple):
         if not whole:
             raise errors.provider_error("The upstream's answer is too large to be priced.")
         answer = self.adapter.answer(self.route, self.order, reply, body)
-        price = self.route.price(answer.units)
-        outcome = Outcome(
-            reply.status, None, answer.units, price, answer.estimated,
-            self.route.cost(answer.units),
-        )  # fmt: skip
+        outcome = self._outcome(reply, answer)
         stored = Stored(answer.status, answer.headers, answer.body)
-        resolved = settlement.capture(price, outcome, stored)
+        resolved = settlement.capture(outcome.price, outcome, stored)
         charged, after = (0, None) if resolved is None else (resolved.captured, resolved.standing)
         headers = dict(answer.headers) | _charge(self.principal, charged, after)
         return Reaction(answer.status, headers, answer.body)
@@ -217,17 +213,19 @@ class _Road(NamedTuple):
         framed = "transfer-encoding" in reply.headers
         if length.isascii() and length.isdigit() and not framed:
             headers["Content-Length"] = length  # so that a client can tell that it was cut
-        price = self.route.price(answer.units)
-        outcome = Outcome(
-            reply.status, None, answer.units, price, answer.estimated,
-            self.route.cost(answer.units),
-        )  # fmt: skip
+        outcome = self._outcome(reply, answer)
         keeps = self.call.idempotency_key is not None
         chunks = reply.chunks()
         # An upstream that fails before its first byte is still answered with an error.
         first = first or next(chunks, b"")
-        passage = _Passage(reply, chunks, settlement, first, price, outcome, answer.headers, keeps)
+        passage = _Passage(reply, chunks, settlement, first, outcome, answer.headers, keeps)
         return Reaction(reply.status, headers, passage.chunks(), passage.close)
+
+    def _outcome(self, reply: Reply, answer: Answer) -> Outcome:
+        """What a success will be charged and recorded as."""
+        units = answer.units
+        price, cost = self.route.price(units), self.route.cost(units)
+        return Outcome(reply.status, None, units, price, answer.estimated, cost)
 
 
 class _Passage:
@@ -235,13 +233,12 @@ class _Passage:
 
     def __init__(
         self, reply: Reply, chunks: Iterator[bytes], settlement: Settlement, first: bytes,
-        price: int, outcome: Outcome, headers: list[tuple[str, str]], keeps: bool,
+        outcome: Outcome, headers: list[tuple[str, str]], keeps: bool,
     ) -> None:  # fmt: skip
         self._reply = reply
         self._chunks = chunks
         self._settlement = settlement
         self._first = first
-        self._price = price
         self._outcome = outcome
         self._headers = headers
         self._kept: list[bytes] | None = [] if keeps else None
@@ -270,7 +267,7 @@ class _Passage:
             stored = Stored(status, self._headers, b"".join(self._kept))
         try:
             if self._complete or self._delivered:
-                self._settlement.capture_sent(self._price, self._outcome, stored)
+                self._settlement.capture_sent(self._outcome.price, self._outcome, stored)
             else:
                 self._settlement.void(self._outcome.upstream_status)
         finally:

@@ -24,7 +24,6 @@ def void_orphans(instance: Instance) -> int:
     orphans = [call_id for call_id, name in held if name in gone]
     for start in range(0, len(orphans), ORPHANS_AT_ONCE):
         batch = orphans[start : start + ORPHANS_AT_ONCE]
-
         try:
             _void_all(instance, batch)
         except errors.Refusal:

@@ -36,10 +36,9 @@ class Forward:
             headers.append(("content-type", "application/json"))
         headers += [("X-Request-Id", inbound.request_id), *upstream.headers.items()]
         query = f"?{inbound.query}" if inbound.query else ""
-        base = (upstream.base_url or "http://sandbox").rstrip("/")
         return Outbound(
             inbound.method,
-            base + route.target(inbound.path) + query,
+            route.url(inbound.path) + query,
             headers,
             inbound.body,
             upstream.timeout_seconds,

@@ -21,7 +21,7 @@ from core.upstream import Outbound, Reply
 
 LONGEST_MESSAGE = 1600  # characters; Twilio's limit
 _E164 = re.compile(r"\+[1-9][0-9]{6,14}")
-_TWILIO_URL = "https://api.twilio.com"
+TWILIO_URL = "https://api.twilio.com"
 
 # Twilio error codes that speak of the number or the text (https://www.twilio.com/docs/api/errors).
 # Everything else in the 4xx speaks of the operator's account, and is the provider's failure.
@@ -63,7 +63,7 @@ class SmsAdapter:
         sms: Sms = order.details[0]
         if upstream.kind == "twilio":
             account = upstream.account_sid
-            base = (upstream.base_url or _TWILIO_URL).rstrip("/")
+            base = (upstream.base_url or TWILIO_URL).rstrip("/")
             url = f"{base}/2010-04-01/Accounts/{account}/Messages.json"
             basic = base64.b64encode(f"{account}:{upstream.auth_token}".encode()).decode()
             form = {"To": sms.to, "From": upstream.from_, "Body": sms.message}
@@ -73,8 +73,7 @@ class SmsAdapter:
             ]
             body = urlencode(form).encode()
         else:
-            base = (upstream.base_url or "http://sandbox").rstrip("/")
-            url = base + route.target(inbound.path)
+            url = route.url(inbound.path)
             headers = [
                 ("Content-Type", "application/json"),
                 ("X-Request-Id", inbound.request_id),

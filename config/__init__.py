@@ -12,19 +12,23 @@ from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from config.checks import OWN_PATHS, ConfigError, check, check_url
+from config.checks import OWN_PATHS, ConfigError, check, check_not_ours, check_url
+from config.pem import read_public_keys
 from config.sections import (
     FILE_NAME,
     File,
     InstanceSection,
+    IssuerSection,
     LimitsSection,
     Method,
+    OidcSection,
     RouteSection,
     Section,
+    SmtpSection,
     UnitsSection,
     UpstreamSection,
 )
@@ -35,9 +39,12 @@ __all__ = [
     "ROOT",
     "ConfigError",
     "InstanceSection",
+    "IssuerSection",
     "LimitsSection",
+    "OidcSection",
     "RouteSection",
     "Settings",
+    "SmtpSection",
     "UnitsSection",
     "UpstreamSection",
     "exit_with",
@@ -68,7 +75,11 @@ class Settings:
     upstreams: dict[str, UpstreamSection]
     routes: list[RouteSection]
     limits: LimitsSection
-    # What no log may show: the instance's keys, the upstreams', and all that came by ${NAME}.
+    issuers: list[IssuerSection]
+    issuer_pems: dict[str, str]  # `iss` → the text of its pem_file, of issuers that have one
+    oidc: dict[str, OidcSection]
+    smtp: SmtpSection | None
+    # What no log may show: the instance's keys, what others are sent, and all that came by ${NAME}.
     secrets: frozenset[str]
 
     @property
@@ -102,11 +113,14 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     try:
         file = _read_file(folder / FILE_NAME, environ, interpolated)
         check(file)
+        issuer_pems = read_public_keys(folder, file.issuers)
     except ConfigError as error:
         # What came from the environment may be a secret, and this line goes to a log.
         text = str(error)
         for value in sorted(interpolated, key=len, reverse=True):
             text = text.replace(value, "…")
+        # The name of a table may have a newline in it.
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         raise ConfigError(text) from None
     bind = environ.get("FAREBOX_BIND") or "127.0.0.1:8402"
     bound = re.fullmatch(r"(?:\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+):([0-9]{1,5})", bind)
@@ -114,6 +128,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         raise ConfigError(f"FAREBOX_BIND: expected host:port, got {bind!r}")
     public_url = (environ.get("FAREBOX_PUBLIC_URL") or f"http://{bind}").rstrip("/")
     check_url("FAREBOX_PUBLIC_URL", public_url)
+    check_not_ours(file.issuers, public_url)
     operator_key = environ.get("FAREBOX_OPERATOR_KEY")
     if operator_key is not None and not re.fullmatch(
         r"[\x21-\x2b\x2d-\x7e]{32,8000}", operator_key
@@ -138,6 +153,10 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         upstreams=file.upstreams,
         routes=file.routes,
         limits=file.limits,
+        issuers=file.issuers,
+        issuer_pems=issuer_pems,
+        oidc={name: _labelled(name, section) for name, section in file.oidc.items()},
+        smtp=file.smtp,
         secrets=frozenset(filter(None, {secret_key, operator_key, *interpolated, *_written(file)})),
     )
 
@@ -171,12 +190,17 @@ def _read_file(path: Path, environ: Mapping[str, str], interpolated: set[str]) -
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path.name}: not TOML: {error}") from error
     raw = _interpolate(raw, "$", environ, interpolated)
-    upstreams = raw.get("upstreams")
-    if isinstance(upstreams, dict):
-        # One by one, because msgspec's path does not say which entry of a table it means.
-        for name, table in upstreams.items():
-            _convert(table, UpstreamSection, f"$.upstreams.{name}")
+    # One by one, because msgspec's path does not say which entry of a table it means.
+    _convert_each(raw, "upstreams", UpstreamSection)
+    _convert_each(raw, "oidc", OidcSection)
     return _convert(raw, File, "$")
+
+
+def _convert_each(raw: dict[str, Any], key: str, shape: type[Section]) -> None:
+    tables = raw.get(key)
+    if isinstance(tables, dict):
+        for name, table in tables.items():
+            _convert(table, shape, f"$.{key}.{name}")
 
 
 def _convert(raw: Any, shape: type[S], at: str) -> S:
@@ -234,10 +258,17 @@ def _choices() -> dict[str, tuple[str, ...]]:
 
 
 def _written(file: File) -> set[str]:
-    """The secrets that upstreams are sent, wherever they came from."""
+    """The secrets that others are sent, wherever they came from."""
     sections = file.upstreams.values()
     values = {value for section in sections for value in section.headers.values()}
-    return values | {section.auth_token for section in sections if section.auth_token}
+    values |= {section.auth_token for section in sections if section.auth_token}
+    values |= {section.client_secret for section in file.oidc.values()}
+    password = urlsplit(file.smtp.url).password if file.smtp else None
+    return values | {password, unquote(password)} if password else values
+
+
+def _labelled(name: str, section: OidcSection) -> OidcSection:
+    return section if section.label else msgspec.structs.replace(section, label=name.capitalize())
 
 
 # The environment

@@ -3,21 +3,30 @@
 import re
 from decimal import Decimal
 from typing import NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import msgspec
 
-from config.sections import FILE_NAME, File, RouteSection, UpstreamSection
+from config.sections import (
+    FILE_NAME,
+    File,
+    IssuerSection,
+    OidcSection,
+    RouteSection,
+    SmtpSection,
+    UpstreamSection,
+    is_loopback,
+)
 
 # Paths this instance answers itself. A route may stand beside them, never over them.
 OWN_PATHS = frozenset(
     {
-        "/", "/api/health", "/api/v1/account", "/api/v1/credits", "/api/v1/keys",
+        "/", "/api/health", "/api/v1/account", "/api/v1/audit", "/api/v1/credits", "/api/v1/keys",
         "/api/v1/ledger", "/api/v1/members", "/api/v1/session-tokens", "/api/v1/usage",
         "/api/v1/wallets", "/v1/account", "/v1/models", "/v1/webhooks", "/healthz", "/metrics",
-        "/login", "/logout", "/setup", "/reset", "/invite", "/dashboard", "/admin", "/oidc",
-        "/docs", "/discovery", "/.well-known", "/openapi.json", "/llms.txt", "/llms-full.txt",
-        "/static", "/favicon.ico",
+        "/login", "/logout", "/signup", "/setup", "/forgot", "/reset", "/invite", "/dashboard",
+        "/admin", "/oidc", "/docs", "/discovery", "/.well-known", "/openapi.json", "/llms.txt",
+        "/llms-full.txt", "/static", "/favicon.ico",
     }
 )  # fmt: skip
 
@@ -38,6 +47,10 @@ _OURS = frozenset(
 )  # fmt: skip
 _OUR_PREFIXES = ("access-control-", "payment-", "x-credits-", "x-payment", "x-ratelimit-")
 
+_HOST = r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?|[0-9a-fA-F:]+"
+# One character of a user or password in a URL, as itself or percent-encoded, printable ASCII.
+_ESCAPED = r"(?:%[2-6][0-9A-Fa-f]|%7[0-9A-Ea-e]|[A-Za-z0-9._~!$&'()*+,;=-])"
+
 
 class ConfigError(Exception):
     """A setting that cannot be: `path: what is wrong and what was expected`."""
@@ -49,7 +62,7 @@ def check(file: File) -> None:
     for name, upstream in file.upstreams.items():
         _check_upstream(f"$.upstreams.{name}", upstream)
     for number, host in enumerate(file.instance.hosts):
-        if not re.fullmatch(r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?|[0-9a-fA-F:]+", host):
+        if not re.fullmatch(_HOST, host):
             fail(f"$.instance.hosts[{number}]", f"expected a host name, no port, got {host!r}")
     for number, origin in enumerate(file.instance.cors_origins):
         check_url(f"$.instance.cors_origins[{number}]", origin, path=False)
@@ -61,6 +74,18 @@ def check(file: File) -> None:
             if (route.path, method) in taken:
                 fail(f"{at}.path", f"{method} {route.path} is already {taken[route.path, method]}")
             taken[route.path, method] = at
+    _check_issuers(file.issuers)
+    for name, section in file.oidc.items():
+        _check_oidc(name, section)
+    if file.smtp is not None:
+        _check_smtp(file.smtp)
+
+
+def check_not_ours(issuers: list[IssuerSection], public_url: str) -> None:
+    """Whether no issuer goes by this instance's own name, under which it issues tokens itself."""
+    for number, section in enumerate(issuers):
+        if section.issuer.rstrip("/") == public_url:
+            fail(f"$.issuers[{number}].issuer", "expected an issuer other than this instance")
 
 
 def _check_upstream(at: str, upstream: UpstreamSection) -> None:
@@ -149,6 +174,79 @@ def _check_units(at: str, route: RouteSection) -> None:
         _check_header_name(f"{at}.units.name", route.units.name)
 
 
+def _check_issuers(issuers: list[IssuerSection]) -> None:
+    taken: dict[str, str] = {}
+    for number, section in enumerate(issuers):
+        at = f"$.issuers[{number}]"
+        if section.issuer in taken:
+            fail(f"{at}.issuer", f"expected another than that of {taken[section.issuer]}")
+        taken[section.issuer] = at
+        _check_issuer(at, section)
+
+
+def _check_issuer(at: str, section: IssuerSection) -> None:
+    name, url = section.pem_file, section.jwks_url
+    if name is None and url is None:
+        fail(f"{at}.pem_file", "required, and missing; or jwks_url in its place")
+    if name is not None and url is not None:
+        fail(f"{at}.jwks_url", "expected pem_file or jwks_url, not both")
+    # `backup` takes files of such names along, and no others.
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.pem", name):
+        fail(
+            f"{at}.pem_file",
+            f"expected the name of a file in the instance folder, such as privy.pem, got {name!r}",
+        )
+    if url is not None:
+        _check_safe_url(f"{at}.jwks_url", url)
+
+
+def _check_oidc(name: str, section: OidcSection) -> None:
+    at = f"$.oidc.{name}"
+    if not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", name):
+        fail(at, "expected a name of at most 32 of a-z, 0-9, _ and -, a letter first")
+    url = section.server_metadata_url
+    _check_safe_url(f"{at}.server_metadata_url", url)
+    if not urlsplit(url).path.endswith("/.well-known/openid-configuration"):
+        fail(
+            f"{at}.server_metadata_url",
+            f"expected a path that ends in /.well-known/openid-configuration, got {url!r}",
+        )
+    if not section.label.isprintable() or section.label != section.label.strip():
+        fail(f"{at}.label", f"expected printable text, got {section.label!r}")
+    scope = section.scope.split(" ")
+    if "openid" not in scope or not all(
+        re.fullmatch(r"[\x21\x23-\x5b\x5d-\x7e]+", word) for word in scope
+    ):
+        fail(
+            f"{at}.scope",
+            f'expected words, one space apart, "openid" among them, got {section.scope!r}',
+        )
+
+
+def _check_smtp(smtp: SmtpSection) -> None:
+    parts = _split(smtp.url)
+    login, sign, _ = parts.netloc.rpartition("@") if parts else ("", "", "")
+    if (
+        parts is None
+        or parts.scheme not in ("smtp", "smtps")
+        or not re.fullmatch(_HOST, parts.hostname or "")
+        or parts.path not in ("", "/")
+        or re.search(r"[?#]", smtp.url)
+        or (sign and not re.fullmatch(f"{_ESCAPED}+:({_ESCAPED}|:)+", login))
+    ):
+        # Without what it is: there may be a password in it.
+        fail(
+            "$.smtp.url",
+            "expected smtp:// or smtps:// and a host, such as smtp://user:password@host:587, "
+            "with user and password printable ASCII, percent-encoded",
+        )
+    if not re.fullmatch(
+        r"[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@(?=.{1,190}\Z)[A-Za-z0-9-]+(\.[A-Za-z0-9-]+)*",
+        smtp.from_,
+    ):
+        fail("$.smtp.from", f"expected an address such as a@example.com, got {smtp.from_!r}")
+
+
 def _own_path_under(path: str) -> str | None:
     """The path of ours that `path`, exact or ending in `/*`, would reach."""
     stem = path.removesuffix("*").rstrip("/")
@@ -162,20 +260,42 @@ def _own_path_under(path: str) -> str | None:
 
 def check_url(at: str, url: str, path: bool = True) -> None:
     """Whether a URL is one of http or https, with no query, fragment or user in it."""
+    parts = _split(url)
+    if (
+        parts is None
+        or parts.scheme not in ("http", "https")
+        or parts.query
+        or parts.fragment
+        or parts.username
+        or parts.password
+        or (parts.path and not path)
+    ):
+        fail(at, f"expected http:// or https:// and a host, got {url!r}")
+
+
+def _check_safe_url(at: str, url: str) -> None:
+    """What it answers is believed, so nobody on the way may change it."""
+    parts = _split(url)
+    if (
+        parts is None
+        or "@" in parts.netloc
+        or parts.fragment
+        or not (
+            parts.scheme == "https"
+            or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
+        )
+    ):
+        fail(at, f"expected https:// and a host, or http:// and a loopback address, got {url!r}")
+
+
+def _split(url: str) -> SplitResult | None:
+    """The parts of a URL of visible ASCII, with a host and a port that can be; None of others."""
     try:
         parts = urlsplit(url)
-        valid = (
-            re.fullmatch(r"[\x21-\x7e]+", url)
-            and parts.scheme in ("http", "https")
-            and parts.hostname
-            and parts.port != 0
-            and not (parts.query or parts.fragment or parts.username or parts.password)
-            and (path or not parts.path)
-        )
+        sound = re.fullmatch(r"[\x21-\x7e]+", url) and parts.hostname and parts.port != 0
     except ValueError:
-        valid = False
-    if not valid:
-        fail(at, f"expected http:// or https:// and a host, got {url!r}")
+        return None
+    return parts if sound else None
 
 
 def _check_header_name(at: str, name: str) -> None:

@@ -1,6 +1,8 @@
 """The sections of `farebox.toml`: each key's name, type, bounds and default."""
 
+from ipaddress import IPv4Network, IPv6Address, ip_address
 from typing import Annotated, Literal
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -10,6 +12,7 @@ Positive = Annotated[int, msgspec.Meta(ge=1)]
 Credits = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Bytes = Annotated[int, msgspec.Meta(ge=1, le=64 * 1024 * 1024)]
+Text = Annotated[str, msgspec.Meta(min_length=1)]
 Method = Literal["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 
 
@@ -73,6 +76,60 @@ class LimitsSection(Section, frozen=True):
     concurrent_calls: Positive = 128
 
 
+class IssuerSection(Section, frozen=True):
+    """Somebody else whose session tokens are taken; its key is in a file or at an address."""
+
+    issuer: Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]{1,255}\Z")]
+    audience: Text
+    pem_file: str | None = None
+    jwks_url: str | None = None
+    signup: bool = False
+
+
+class OidcSection(Section, frozen=True):
+    """Somebody else with whom people sign in to the dashboard."""
+
+    server_metadata_url: str
+    client_id: Annotated[str, msgspec.Meta(pattern=r"^[\x20-\x7e]+\Z")]
+    client_secret: Annotated[str, msgspec.Meta(pattern=r"^[\x20-\x7e]+\Z")]
+    # What the button says. Settings has the section's name where the file has nothing.
+    label: Annotated[str, msgspec.Meta(min_length=1, max_length=64)] = ""
+    scope: str = "openid email profile"
+
+
+class SmtpSection(Section, frozen=True):
+    """How mail is sent. What the URL says is had from the properties."""
+
+    url: str
+    from_: str = msgspec.field(name="from")
+
+    @property
+    def host(self) -> str:
+        return urlsplit(self.url).hostname or ""
+
+    @property
+    def port(self) -> int:
+        return urlsplit(self.url).port or (465 if self.implicit_tls else 587)
+
+    @property
+    def implicit_tls(self) -> bool:
+        """Whether the connection begins with TLS."""
+        return urlsplit(self.url).scheme == "smtps"
+
+    @property
+    def needs_starttls(self) -> bool:
+        """Whether nothing may be said before STARTTLS."""
+        return not self.implicit_tls and not is_loopback(self.host)
+
+    @property
+    def login(self) -> tuple[str, str] | None:
+        """User and password, decoded: printable ASCII. None to send without."""
+        parts = urlsplit(self.url)
+        if parts.username is None or parts.password is None:
+            return None
+        return unquote(parts.username), unquote(parts.password)
+
+
 class File(Section, frozen=True):
     """The whole of it."""
 
@@ -80,3 +137,15 @@ class File(Section, frozen=True):
     upstreams: dict[str, UpstreamSection] = {}
     routes: list[RouteSection] = []
     limits: LimitsSection = LimitsSection()
+    issuers: list[IssuerSection] = []
+    oidc: dict[str, OidcSection] = {}
+    smtp: SmtpSection | None = None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host name is this machine's own, so that what is sent there stays on it."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return host.lower() == "localhost"
+    return address == IPv6Address("::1") or address in IPv4Network("127.0.0.0/8")

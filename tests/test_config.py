@@ -6,17 +6,28 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 
 import apsw
 import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import dsa, ec, ed448, ed25519, rsa, x25519
 from inprocess import Box
 from server import OPERATOR_KEY, ROOT
 
 from config import ConfigError, Settings, load
 from core import firstrun
 
+Key = (
+    dsa.DSAPrivateKey
+    | ec.EllipticCurvePrivateKey
+    | ed448.Ed448PrivateKey
+    | ed25519.Ed25519PrivateKey
+    | rsa.RSAPrivateKey
+    | x25519.X25519PrivateKey
+)
 SANDBOX = '[upstreams.sandbox]\nkind = "sandbox"\n'
 HTTP = '[upstreams.api]\nkind = "http"\nbase_url = "https://api.example.com"\n'
 ROUTE = '[[routes]]\npath = "/api/v1/x"\nmethods = ["GET"]\nupstream = "sandbox"\ncredits = 1\n'
@@ -70,6 +81,55 @@ def twilio(**changes: str | None) -> str:
     return f"[upstreams.sms]\n{body}"
 
 
+def issuer(**changes: str | None) -> str:
+    """An issuer of session tokens, changed; its keys are at an address."""
+    lines = {
+        "issuer": '"privy.io"',
+        "audience": '"app"',
+        "jwks_url": '"https://privy.example/jwks.json"',
+    } | changes
+    body = "".join(f"{key} = {value}\n" for key, value in lines.items() if value is not None)
+    return f"[[issuers]]\n{body}"
+
+
+def oidc(name: str = "google", **changes: str | None) -> str:
+    lines = {
+        "server_metadata_url": f'"https://id.example{METADATA}"',
+        "client_id": '"client"',
+        "client_secret": '"canary-of-the-client"',
+    } | changes
+    body = "".join(f"{key} = {value}\n" for key, value in lines.items() if value is not None)
+    return f"[oidc.{name}]\n{body}"
+
+
+def smtp(**changes: str | None) -> str:
+    lines = {"url": '"smtp://mail.example:587"', "from": '"farebox@example.com"'} | changes
+    body = "".join(f"{key} = {value}\n" for key, value in lines.items() if value is not None)
+    return f"[smtp]\n{body}"
+
+
+def pem(key: Callable[[], Key], form: str = "public") -> str:
+    """A new key as PEM: its public half, in PKCS #1 too, or all of it."""
+    made = key()
+    if form == "private":
+        return made.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        ).decode()
+    shape = serialization.PublicFormat
+    return (
+        made.public_key()
+        .public_bytes(
+            serialization.Encoding.PEM,
+            shape.PKCS1 if form == "pkcs1" else shape.SubjectPublicKeyInfo,
+        )
+        .decode()
+    )
+
+
+METADATA = "/.well-known/openid-configuration"
+PEM_FILE = {"jwks_url": None, "pem_file": '"privy.pem"'}
 UNIT = {"per": '"unit"', "units": '{ from = "json", pointer = "/usage/pages", max = 20 }'}
 
 # What is written · the key path the refusal must name.
@@ -242,6 +302,124 @@ REFUSED: list[tuple[str, str]] = [
     # One path and method, two routes.
     (GOOD + ROUTE, "$.routes[1].path"),
     (GOOD + ROUTE.replace('["GET"]', '["POST", "GET"]'), "$.routes[1].path"),
+    # Issuers of session tokens.
+    ("issuers = 5", "$.issuers"),
+    ("[issuers]\nissuer = 'a'", "$.issuers"),
+    (issuer(typo="1"), "$.issuers[0].typo"),
+    (issuer(issuer=None), "$.issuers[0].issuer"),
+    (issuer(issuer='""'), "$.issuers[0].issuer"),
+    (issuer(issuer='"privy io"'), "$.issuers[0].issuer"),
+    (issuer(issuer='"privé.io"'), "$.issuers[0].issuer"),
+    (issuer(issuer='"privy.io\\n"'), "$.issuers[0].issuer"),
+    (issuer(issuer=f'"{"x" * 256}"'), "$.issuers[0].issuer"),
+    (issuer(issuer='"http://127.0.0.1:8402"'), "$.issuers[0].issuer"),
+    (issuer(issuer='"http://127.0.0.1:8402/"'), "$.issuers[0].issuer"),
+    (issuer() + issuer(audience='"other"'), "$.issuers[1].issuer"),
+    (issuer(audience=None), "$.issuers[0].audience"),
+    (issuer(audience='""'), "$.issuers[0].audience"),
+    (issuer(audience='["app"]'), "$.issuers[0].audience"),
+    (issuer(signup='"open"'), "$.issuers[0].signup"),
+    (issuer(jwks_url=None), "$.issuers[0].pem_file"),
+    (issuer(pem_file='"privy.pem"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='""'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='"privy.example/jwks"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='"ftp://privy.example/jwks"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='"http://privy.example/jwks"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='"http://10.0.0.1/jwks"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='"http://128.0.0.1/jwks"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='"http://[::2]/jwks"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='"http://[::ffff:127.0.0.1]/jwks"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='"http://localhost.example/jwks"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='"http://127.0.0.1.example/jwks"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='"http://127.0.0.1@privy.example/jwks"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='"https://user@privy.example/jwks"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='"https://privy.example/jwks#x"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='"https://privy.example:0/jwks"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url='"https://[::1/jwks"'), "$.issuers[0].jwks_url"),
+    (issuer(jwks_url=None, pem_file='""'), "$.issuers[0].pem_file"),
+    (issuer(jwks_url=None, pem_file='"keys/privy.pem"'), "$.issuers[0].pem_file"),
+    (issuer(jwks_url=None, pem_file='"/etc/privy.pem"'), "$.issuers[0].pem_file"),
+    (issuer(jwks_url=None, pem_file='"../privy.pem"'), "$.issuers[0].pem_file"),
+    (issuer(jwks_url=None, pem_file='".pem"'), "$.issuers[0].pem_file"),
+    (issuer(jwks_url=None, pem_file='".privy.pem"'), "$.issuers[0].pem_file"),
+    (issuer(jwks_url=None, pem_file='"privy.PEM"'), "$.issuers[0].pem_file"),
+    (issuer(jwks_url=None, pem_file='"privy.key"'), "$.issuers[0].pem_file"),
+    (issuer(jwks_url=None, pem_file='"privy.pem\\u0000"'), "$.issuers[0].pem_file"),
+    (issuer(jwks_url=None, pem_file='"missing.pem"'), "$.issuers[0].pem_file"),
+    (issuer(jwks_url=None, pem_file=f'"{"x" * 300}.pem"'), "$.issuers[0].pem_file"),
+    # Sign-in with somebody else.
+    ("oidc = 5", "$.oidc"),
+    ("[oidc]\ngoogle = 5", "$.oidc.google"),
+    (oidc(typo="1"), "$.oidc.google.typo"),
+    (oidc("Google"), "$.oidc.Google"),
+    (oidc("9oogle"), "$.oidc.9oogle"),
+    (oidc("-google"), "$.oidc.-google"),
+    (oidc("g" * 33), "$.oidc." + "g" * 33),
+    (oidc('"goo gle"'), "$.oidc.goo gle"),
+    (oidc('"goo/gle"'), "$.oidc.goo/gle"),
+    (oidc('"google\\n"'), "$.oidc.google\\n"),
+    (oidc('"google\\n"', client_id=None), "$.oidc.google\\n.client_id"),
+    (oidc(server_metadata_url=None), "$.oidc.google.server_metadata_url"),
+    (oidc(server_metadata_url='"https://id.example"'), "$.oidc.google.server_metadata_url"),
+    (oidc(server_metadata_url=f'"id.example{METADATA}"'), "$.oidc.google.server_metadata_url"),
+    (oidc(server_metadata_url=f'"http://id.example{METADATA}"'),
+     "$.oidc.google.server_metadata_url"),
+    (oidc(server_metadata_url=f'"https://a:b@id.example{METADATA}"'),
+     "$.oidc.google.server_metadata_url"),
+    (oidc(client_id=None), "$.oidc.google.client_id"),
+    (oidc(client_id='""'), "$.oidc.google.client_id"),
+    (oidc(client_id='"é"'), "$.oidc.google.client_id"),
+    (oidc(client_secret=None), "$.oidc.google.client_secret"),
+    (oidc(client_secret='""'), "$.oidc.google.client_secret"),
+    (oidc(client_secret='"a\\n"'), "$.oidc.google.client_secret"),
+    (oidc(label='""'), "$.oidc.google.label"),
+    (oidc(label='"  "'), "$.oidc.google.label"),
+    (oidc(label='"Goo\\ngle"'), "$.oidc.google.label"),
+    (oidc(label=f'"{"x" * 65}"'), "$.oidc.google.label"),
+    (oidc(scope='""'), "$.oidc.google.scope"),
+    (oidc(scope='"email profile"'), "$.oidc.google.scope"),
+    (oidc(scope='"openidx"'), "$.oidc.google.scope"),
+    (oidc(scope='"openid  email"'), "$.oidc.google.scope"),
+    (oidc(scope='"openid, email"'), "$.oidc.google.scope"),
+    (oidc(scope='["openid"]'), "$.oidc.google.scope"),
+    # Mail.
+    ("smtp = 5", "$.smtp"),
+    (smtp(typo="1"), "$.smtp.typo"),
+    (smtp(url=None), "$.smtp.url"),
+    (smtp(url='""'), "$.smtp.url"),
+    (smtp(url='"mail.example:587"'), "$.smtp.url"),
+    (smtp(url='"https://mail.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://"'), "$.smtp.url"),
+    (smtp(url='"smtp://:587"'), "$.smtp.url"),
+    (smtp(url='"smtp://mail.example:0"'), "$.smtp.url"),
+    (smtp(url='"smtp://mail.example:x"'), "$.smtp.url"),
+    (smtp(url='"smtp://mail.example/inbox"'), "$.smtp.url"),
+    (smtp(url='"smtp://mail.example?tls=no"'), "$.smtp.url"),
+    (smtp(url='"smtp://mail.example#x"'), "$.smtp.url"),
+    (smtp(url='"smtp://mail_%41.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://@mail.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://user@mail.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://user:@mail.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://:canary@mail.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://user:canary@7@mail.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://user:canary/7@mail.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://user:7/canary@mail.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://user:canary#7@mail.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://user:canary%@mail.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://user:canary%zz@mail.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://user:canary%0A@mail.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://user:canary%7F@mail.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://user:canary%C3%A9@mail.example"'), "$.smtp.url"),
+    (smtp(url='"smtp://user:canary é@mail.example"'), "$.smtp.url"),
+    (smtp(**{"from": None}), "$.smtp.from"),
+    (smtp(**{"from": '""'}), "$.smtp.from"),
+    (smtp(**{"from": '"farebox"'}), "$.smtp.from"),
+    (smtp(**{"from": '"@example.com"'}), "$.smtp.from"),
+    (smtp(**{"from": '"farebox@"'}), "$.smtp.from"),
+    (smtp(**{"from": '"farebox@example..com"'}), "$.smtp.from"),
+    (smtp(**{"from": '"a@b@example.com"'}), "$.smtp.from"),
+    (smtp(**{"from": '"Farebox <farebox@example.com>"'}), "$.smtp.from"),
+    (smtp(**{"from": '"farebox@example.com\\nBcc: a@b.example"'}), "$.smtp.from"),
     # Not TOML at all.
     ("[instance", "farebox.toml"),
     ("a = ", "farebox.toml"),
@@ -260,7 +438,8 @@ OWN = [
     "/setup", "/dashboard", "/dashboard/billing", "/admin", "/admin/*", "/docs", "/docs/*",
     "/docs/errors", "/openapi.json", "/llms.txt", "/llms-full.txt", "/.well-known/*",
     "/.well-known/jwks.json", "/.well-known/x402", "/discovery/resources", "/discovery/*",
-    "/static/*", "/static/x.css",
+    "/static/*", "/static/x.css", "/signup", "/signup/*", "/forgot", "/api/v1/audit",
+    "/api/v1/audit/*",
 ]  # fmt: skip
 BESIDE = [
     "/api/v1/accounts", "/api/v1/usages/*", "/v1/modelsx", "/v1/chat/completions", "/docs2",
@@ -276,6 +455,7 @@ def test_a_refusal_names_the_key_path(tmp_path: Path, config: str, path: str) ->
         named = line.removeprefix("farebox.toml: ")
         # A list's bad item may be named by its number.
         assert re.match(re.escape(path) + r"(\[[0-9.]+\])?: ", named), line
+    assert "canary" not in line
     assert len(line.rpartition(": ")[2]) > 10 or "missing" in line or "unknown" in line
 
 
@@ -444,6 +624,169 @@ def test_generated_secrets_are_made_once_and_only_their_owner_reads_them(tmp_pat
     assert (folder / "secret_key").stat().st_mode & 0o777 == 0o600
 
 
+# Others: whose tokens are taken, with whom people sign in, who sends the mail.
+
+KEYS: dict[str, Callable[[], Key]] = {
+    "P-256": lambda: ec.generate_private_key(ec.SECP256R1()),
+    "P-384": lambda: ec.generate_private_key(ec.SECP384R1()),
+    "P-521": lambda: ec.generate_private_key(ec.SECP521R1()),
+    "RSA": lambda: rsa.generate_private_key(65537, 2048),
+    "Ed25519": ed25519.Ed25519PrivateKey.generate,
+}
+CERTIFICATE = "-----BEGIN CERTIFICATE-----\nMIIB\n-----END CERTIFICATE-----\n"
+NOT_A_KEY = "-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"
+
+
+@pytest.mark.parametrize(("kind", "form"), [*((kind, "public") for kind in KEYS), ("RSA", "pkcs1")])
+def test_an_issuers_public_key_is_read_from_its_file(tmp_path: Path, kind: str, form: str) -> None:
+    text = pem(KEYS[kind], form)
+    folder = tmp_path / "i"
+    folder.mkdir()
+    (folder / "privy.pem").write_text(text)
+    settings = told(folder, issuer(**PEM_FILE) + issuer(issuer='"other.example"'))
+    assert settings.issuer_pems == {"privy.io": text}
+    assert [(other.issuer, other.pem_file) for other in settings.issuers] == [
+        ("privy.io", "privy.pem"),
+        ("other.example", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (lambda: "", "public key"),
+        (lambda: "not a key", "public key"),
+        (lambda: "clé", "public key"),
+        (lambda: NOT_A_KEY, "public key"),
+        (lambda: pem(KEYS["P-256"]) * 2, "one public key"),
+        (lambda: pem(KEYS["P-256"], "private"), "private key"),
+        (lambda: pem(KEYS["P-256"]) + pem(KEYS["P-256"], "private"), "private key"),
+        (lambda: CERTIFICATE, "certificate"),
+        (lambda: pem(KEYS["P-256"]) + CERTIFICATE, "certificate"),
+        (lambda: pem(lambda: rsa.generate_private_key(65537, 1024)), "at least 2048"),
+        (lambda: pem(lambda: ec.generate_private_key(ec.SECP256K1())), "P-256"),
+        (lambda: pem(lambda: ec.generate_private_key(ec.SECP224R1())), "P-256"),
+        (lambda: pem(ed448.Ed448PrivateKey.generate), "Ed25519"),
+        (lambda: pem(x25519.X25519PrivateKey.generate), "Ed25519"),
+        (lambda: pem(lambda: dsa.generate_private_key(1024)), "Ed25519"),
+    ],
+)
+def test_a_file_without_a_public_key_of_use_is_refused(
+    tmp_path: Path, text: Callable[[], str], expected: str
+) -> None:
+    folder = tmp_path / "i"
+    folder.mkdir()
+    written = text()
+    (folder / "privy.pem").write_text(written, "utf-8")
+    line = refused(folder, issuer(**PEM_FILE))
+    assert line.startswith("farebox.toml: $.issuers[0].pem_file: privy.pem: "), line
+    assert expected in line and "expected" in line
+    # Nothing of what may be a private key.
+    assert not any(part in line for part in re.findall(r"^[A-Za-z0-9+/=]{10,}$", written, re.M))
+
+
+def test_a_folder_is_not_a_key(tmp_path: Path) -> None:
+    (tmp_path / "i" / "privy.pem").mkdir(parents=True)
+    assert "not found" in refused(tmp_path / "i", issuer(**PEM_FILE))
+
+
+def test_no_issuer_is_this_instance_itself(tmp_path: Path) -> None:
+    config = issuer(issuer='"https://pay.example.com"')
+    line = refused(tmp_path / "i", config, FAREBOX_PUBLIC_URL="https://pay.example.com/")
+    assert line.startswith("farebox.toml: $.issuers[0].issuer: expected an issuer other"), line
+    assert told(tmp_path / "i", config).issuers[0].issuer == "https://pay.example.com"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://privy.example/jwks.json?app=1",
+        "https://privy.example:8443",
+        "http://localhost:9000/jwks",
+        "http://127.0.0.1/jwks",
+        "http://127.8.9.10:9000/jwks",
+        "http://[::1]:9000/jwks",
+    ],
+)
+def test_keys_come_over_tls_or_from_this_machine(tmp_path: Path, url: str) -> None:
+    (section,) = told(tmp_path / "i", issuer(jwks_url=f'"{url}"')).issuers
+    assert (section.jwks_url, section.pem_file) == (url, None)
+    assert (section.issuer, section.audience, section.signup) == ("privy.io", "app", False)
+
+
+def test_people_of_an_issuer_may_be_let_in(tmp_path: Path) -> None:
+    config = issuer(signup="true", issuer=f'"{"x" * 255}"')
+    assert told(tmp_path / "i", config).issuers[0].signup is True
+
+
+def test_sign_in_with_others_is_told_by_name(tmp_path: Path) -> None:
+    config = oidc("okta-2_x") + oidc(
+        label='"Google for us"',
+        scope='"openid"',
+        client_secret='"${OIDC_SECRET}"',
+        server_metadata_url=f'"http://localhost:9000/realm{METADATA}?p=1"',
+    )
+    settings = told(tmp_path / "i", config, OIDC_SECRET="s3cret-of-google")
+    okta, google = settings.oidc["okta-2_x"], settings.oidc["google"]
+    assert (okta.label, okta.scope) == ("Okta-2_x", "openid email profile")
+    assert (google.label, google.scope) == ("Google for us", "openid")
+    assert (google.client_id, google.client_secret) == ("client", "s3cret-of-google")
+    assert {"s3cret-of-google", "canary-of-the-client"} <= settings.secrets
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port", "login", "implicit_tls", "needs_starttls"),
+    [
+        ("smtp://mail.example", "mail.example", 587, None, False, True),
+        ("smtp://mail.example:25/", "mail.example", 25, None, False, True),
+        ("smtps://mail.example", "mail.example", 465, None, True, False),
+        ("smtps://u:p@mail.example:1465", "mail.example", 1465, ("u", "p"), True, False),
+        ("smtp://a%40b.example:p%2Fw%20:1@m.example", "m.example", 587,
+         ("a@b.example", "p/w :1"), False, True),
+        ("smtp://localhost:2525", "localhost", 2525, None, False, False),
+        ("smtp://127.0.0.1:2525", "127.0.0.1", 2525, None, False, False),
+        ("smtp://u:p@[::1]:2525", "::1", 2525, ("u", "p"), False, False),
+    ],
+)  # fmt: skip
+def test_the_mail_servers_url_is_read(
+    tmp_path: Path,
+    url: str,
+    host: str,
+    port: int,
+    login: tuple[str, str] | None,
+    implicit_tls: bool,
+    needs_starttls: bool,
+) -> None:
+    section = told(tmp_path / "i", smtp(url=f'"{url}"')).smtp
+    assert section is not None
+    assert (section.host, section.port, section.login) == (host, port, login)
+    assert (section.implicit_tls, section.needs_starttls) == (implicit_tls, needs_starttls)
+    assert section.from_ == "farebox@example.com"
+
+
+def test_the_mail_servers_password_is_kept_secret_in_both_its_forms(tmp_path: Path) -> None:
+    for url in ("smtp://u:pass%2Fword@m.example", "smtp://u:${PASS}@m.example"):
+        settings = told(tmp_path / "i", smtp(url=f'"{url}"'), PASS="pass%2Fword")
+        assert {"pass/word", "pass%2Fword"} <= settings.secrets
+    # One that was not encoded is refused, and not shown.
+    line = refused(tmp_path / "i", smtp(url='"smtp://u:${PASS}@m.example"'), PASS="canary/word")
+    assert line.startswith("farebox.toml: $.smtp.url: ") and "percent-encoded" in line
+    assert "canary" not in line
+
+
+def test_nobody_else_is_known_unless_it_was_said(tmp_path: Path) -> None:
+    settings = told(tmp_path / "i", GOOD)
+    assert (settings.issuers, settings.issuer_pems) == ([], {})
+    assert (settings.oidc, settings.smtp) == ({}, None)
+
+
+def test_only_an_issuers_file_needs_cryptography(tmp_path: Path) -> None:
+    told(tmp_path / "i", issuer() + oidc() + smtp())
+    program = "import config, sys; config.load(); sys.exit('cryptography' in sys.modules)"
+    done = run(["python", "-c", program], tmp_path / "i")
+    assert done.returncode == 0, done.stderr
+
+
 # What must load.
 
 
@@ -461,15 +804,22 @@ def test_the_config_of_the_first_run_loads_and_says_what_it_does(tmp_path: Path)
 def test_the_commented_lines_of_the_first_config_load_too(tmp_path: Path) -> None:
     text = (ROOT / "templates" / "farebox.toml").read_text("utf-8")
     lines = [re.sub(r"^# (?=\[|[a-z_]+ =)", "", line) for line in text.splitlines()]
+    (tmp_path / "i").mkdir()
+    (tmp_path / "i" / "privy.pem").write_text(pem(ed25519.Ed25519PrivateKey.generate))
     settings = told(
         tmp_path / "i",
         "\n".join(lines),
         TWILIO_ACCOUNT_SID="AC1",
         TWILIO_AUTH_TOKEN="t",
         LOOKUP_KEY="k",
+        SMTP_PASSWORD="p",
+        GOOGLE_SECRET="g",
     )
     assert set(settings.upstreams) == {"sandbox", "sms", "lookup"}
     assert len(settings.routes) == 2
+    assert [section.issuer for section in settings.issuers] == ["privy.io"]
+    assert set(settings.oidc) == {"google"}
+    assert settings.smtp is not None
 
 
 CONTRACT = """
@@ -580,6 +930,11 @@ SERVE = ["gunicorn", "-c", "gunicorn.conf.py"]
         (["flask", "doctor"], "[limits]\nper_hour = 1", {}, "$.limits.per_hour"),
         (["flask", "credits", "balance", "a@b.example"], api(base_url='"${UNSET_HERE}"'), {},
          "UNSET_HERE"),
+        (["flask", "users", "list"], issuer(**PEM_FILE), {}, "$.issuers[0].pem_file"),
+        (["flask", "users", "list"], issuer(issuer='"http://127.0.0.1:1"'), {},
+         "$.issuers[0].issuer"),
+        (["flask", "users", "list"], oidc("Google"), {}, "$.oidc.Google"),
+        (["flask", "users", "list"], smtp(url='"smtp://u:p"'), {}, "$.smtp.url"),
     ],
 )  # fmt: skip
 def test_a_refusal_is_one_line_on_standard_error_and_exit_code_2(

@@ -3,13 +3,14 @@ PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 p
 	command -v $$p >/dev/null 2>&1 && \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+OPENID := tests/openid/node_modules/.package-lock.json
 
 .PHONY: run test check bench torture lock clean
 
 run: .venv/installed ## install, set up and serve in the foreground
 	@exec $(BIN)/gunicorn -c gunicorn.conf.py
 
-test: .venv/dev-installed ## every test that can run here
+test: .venv/dev-installed $(OPENID) ## every test that can run here
 	@$(BIN)/python -m pytest
 
 check: .venv/dev-installed ## format, lint, types, as CI does
@@ -21,7 +22,7 @@ bench: .venv/dev-installed ## Farebox beside a bare pass-through
 	@$(BIN)/python bench/run.py
 	@$(BIN)/python bench/ledger.py
 
-torture: .venv/dev-installed ## the long sizes of the race and crash tests
+torture: .venv/dev-installed $(OPENID) ## the long sizes of the race and crash tests
 	@FAREBOX_TORTURE=1 $(BIN)/python -m pytest
 
 lock: .venv/uv ## pin requirements.txt and all it needs, by hash
@@ -45,5 +46,13 @@ lock: .venv/uv ## pin requirements.txt and all it needs, by hash
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+# The OpenID provider of the tests, which are skipped where it cannot be installed.
+$(OPENID): tests/openid/package.json tests/openid/package-lock.json
+	@if ! command -v npm >/dev/null; then \
+		echo "npm is missing: the tests with an OpenID provider will be skipped."; \
+	elif (cd tests/openid && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error \
+		>/dev/null); then touch $@; \
+	else echo "npm ci failed: the tests with an OpenID provider will be skipped."; fi
+
 clean: ## remove what make built; the instance folder stays
-	@rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv tests/openid/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,13 +1,26 @@
 """The application: wiring only."""
 
-from flask import Flask, Request, Response, request
-from flask.sessions import NullSession, SessionInterface, SessionMixin
+from flask import Flask, Response, request
 from werkzeug.exceptions import HTTPException
 from werkzeug.middleware.proxy_fix import ProxyFix
 
 import cli
 import config
-from blueprints import auth, cors, credits, docs, health, rendering
+from blueprints import (
+    audit,
+    auth,
+    cors,
+    credits,
+    dashboard,
+    docs,
+    health,
+    keys,
+    members,
+    oidc,
+    rendering,
+    session_tokens,
+    visitors,
+)  # fmt: skip
 from blueprints.proxy import PaidRoutes
 from config import Settings
 from core import firstrun
@@ -15,16 +28,6 @@ from core.errors import Refusal
 from core.instance import Instance
 
 _ON_ANY_HOST = ("/healthz", "/api/health")
-
-
-class NoSessions(SessionInterface):
-    """No request has a cookie session, so none is read, signed or sent."""
-
-    def open_session(self, app: Flask, request: Request) -> SessionMixin:
-        return NullSession()
-
-    def save_session(self, app: Flask, session: SessionMixin, response: Response) -> None:
-        """Never called: a NullSession is not saved."""
 
 
 def create_app(settings: Settings | None = None) -> Flask:
@@ -39,15 +42,17 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.secret_key = settings.secret_key
     app.url_map.merge_slashes = False
     app.config["MAX_CONTENT_LENGTH"] = 64 * 1024  # forms; paid routes have limits of their own
-    app.session_interface = NoSessions()
     instance = Instance(settings)
     instance.migrate()
     app.extensions["farebox"] = instance
 
     app.before_request(_check_host)
     app.before_request(_preflight)
-    for blueprint in (credits, health, auth, docs):
-        app.register_blueprint(blueprint.blueprint)
+    for module in (credits, keys, members, session_tokens, audit, health, auth, oidc, dashboard,
+                   docs):  # fmt: skip
+        app.register_blueprint(module.blueprint)
+    visitors.register(app)
+    oidc.register(app, settings)
     app.after_request(_finish)
     app.register_error_handler(Refusal, rendering.refused)
     app.register_error_handler(HTTPException, rendering.http_error)

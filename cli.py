@@ -1,6 +1,7 @@
 """`flask …`: administration, usable while the instance serves."""
 
 import functools
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -12,13 +13,29 @@ from flask import Flask, current_app
 from flask.cli import AppGroup, with_appcontext
 
 import config
+from core import (
+    audit,
+    calls,
+    clock,
+    doctor,
+    issuers,
+    keys,
+    ledger,
+    mail,
+    passwords,
+    session_tokens,
+    sessions,
+    tokens,
+    users,
+)  # fmt: skip
 from core import backup as backups
-from core import calls, clock, doctor, keys, ledger, tokens, users
 from core.adapters import Inbound
+from core.audit import COMMAND_LINE
 from core.errors import Refusal
 from core.gateway import ADAPTERS
 from core.instance import Instance
 from core.keys import NewSecret, Terms
+from core.sessions import Origin
 from models import Tx
 
 
@@ -43,16 +60,19 @@ class WholeNumber(click.ParamType[int]):
 F = TypeVar("F", bound=Callable[..., Any])
 
 users_group = AppGroup("users", help="People who sign in.")
+accounts_group = AppGroup("accounts", help="Accounts. WHO is an e-mail, a did:… or an acct_….")
+tokens_group = AppGroup("tokens", help="Session tokens, ours and outside issuers'.")
 keys_group = AppGroup("keys", help="API keys.")
-credits_group = AppGroup("credits", help="Balances. WHO is an e-mail or an acct_….")
+credits_group = AppGroup("credits", help="Balances. WHO is an e-mail, a did:… or an acct_….")
 ledger_group = AppGroup("ledger", help="The books.")
 
 
 def register(app: Flask) -> None:
     """Give the app its commands."""
-    for command in (users_group, keys_group, credits_group, ledger_group):
-        app.cli.add_command(command)
-    for single in (backup, restore, doctor_command, price):
+    for group in (users_group, accounts_group, tokens_group, keys_group, credits_group,
+                  ledger_group):  # fmt: skip
+        app.cli.add_command(group)
+    for single in (audit_command, backup, restore, doctor_command, price):
         app.cli.add_command(single)
 
 
@@ -94,15 +114,13 @@ def add_user(email: str, operator: bool, password_stdin: bool) -> None:
     address = users.checked_email(email)
     hashed = None
     if password_stdin:
-        hashed = users.hashed_password(sys.stdin.readline().rstrip("\r\n"), address)
+        hashed = passwords.hashed(sys.stdin.readline().rstrip("\r\n"), address)
     now = clock.now_ms()
     granted = instance().settings.instance.signup_credits
 
     def work(tx: Tx) -> users.User:
-        user = users.add(tx, address, hashed, operator, now)
-        if granted:
-            reference = f"signup:{user.account_id}"
-            ledger.add_credits(tx, user.account_id, "signup", granted, reference, None, now)
+        user = users.add(tx, address, hashed, operator, now, COMMAND_LINE)
+        users.give_signup_credits(tx, user.account_id, granted, now)
         return user
 
     user = write(work)
@@ -112,27 +130,173 @@ def add_user(email: str, operator: bool, password_stdin: bool) -> None:
 @users_group.command("list")
 @plainly
 def list_users() -> None:
-    """One user a line: e-mail, account, whether operator."""
+    """One user a line: e-mail or id, account, whether operator, state if not active."""
     with instance().db.reading() as tx:
         for user in users.every(tx):
-            click.echo(f"{user.email} {user.account_id}{' operator' if user.is_operator else ''}")
+            fields = [user.email or user.id, user.account_id]
+            fields += ["operator"] * user.is_operator
+            fields += [user.status] * (user.status != "active")
+            click.echo(" ".join(fields))
 
 
 @users_group.command("reset-link")
 @click.argument("who")
 @plainly
 def reset_link(who: str) -> None:
-    """Print a link, good once and for a day, to choose a new password."""
-    expires_at = clock.now_ms() + users.RESET_LIFE_MS
+    """Print a link, good once and for a day, to choose a new password; mail it if [smtp] is set."""
+    settings, now = instance().settings, clock.now_ms()
 
-    def work(tx: Tx) -> str:
-        account_id = users.account_of(tx, who)
-        user = users.owner_of(tx, account_id)
-        if user is None:
-            raise Refusal("not_found", f"Nobody owns {account_id} yet.")
-        return users.make_link(tx, "reset", account_id, user.id, expires_at)
+    def work(tx: Tx) -> tuple[str, str | None]:
+        user = users.of_who(tx, who)
+        return users.reset_link(tx, user, now, COMMAND_LINE), user.email
 
-    click.echo(f"{instance().settings.public_url}/reset?token={write(work)}")
+    token, email = write(work)
+    url = f"{settings.public_url}/reset?token={token}"
+    click.echo(url)
+    if settings.smtp is not None and email is not None:
+        try:
+            mail.send(settings.smtp, email, "A new password", mail.reset_text(url))
+        except OSError as error:
+            raise click.ClickException(f"the link could not be mailed: {error}") from error
+        click.echo(f"mailed to {email}", err=True)
+
+
+@users_group.command("suspend")
+@click.argument("who")
+@click.option("--reason")
+@plainly
+def suspend_user(who: str, reason: str | None) -> None:
+    """Keep a person out: sign-ins end, their keys and tokens are refused."""
+    now = clock.now_ms()
+    write(lambda tx: users.suspend(tx, users.of_who(tx, who), reason, now, COMMAND_LINE))
+
+
+@users_group.command("resume")
+@click.argument("who")
+@plainly
+def resume_user(who: str) -> None:
+    """Let a suspended person in again."""
+    now = clock.now_ms()
+    write(lambda tx: users.resume(tx, users.of_who(tx, who), now, COMMAND_LINE))
+
+
+@users_group.command("sign-out")
+@click.argument("who")
+@plainly
+def sign_out_user(who: str) -> None:
+    """End every sign-in of a person, and the session tokens they gave."""
+    now = clock.now_ms()
+    ended = write(lambda tx: sessions.end_all(tx, users.of_who(tx, who).id, now, COMMAND_LINE))
+    click.echo(f"{ended} sign-ins ended")
+
+
+@users_group.command("close")
+@click.argument("who")
+@plainly
+def close_user(who: str) -> None:
+    """End a person and the account they own, for good; the books keep what was paid."""
+    now = clock.now_ms()
+    write(lambda tx: users.close(tx, users.of_who(tx, who), now, COMMAND_LINE))
+
+
+# accounts
+
+
+@accounts_group.command("suspend")
+@click.argument("who")
+@click.option("--reason")
+@plainly
+def suspend_account(who: str, reason: str | None) -> None:
+    """Stop an account's calls until it is resumed."""
+    now = clock.now_ms()
+
+    def work(tx: Tx) -> None:
+        ledger.suspend_account(tx, users.account_of(tx, who), reason, now, COMMAND_LINE)
+
+    write(work)
+
+
+@accounts_group.command("resume")
+@click.argument("who")
+@plainly
+def resume_account(who: str) -> None:
+    """Let a suspended account spend again."""
+    now = clock.now_ms()
+    write(lambda tx: ledger.resume_account(tx, users.account_of(tx, who), now, COMMAND_LINE))
+
+
+@accounts_group.command("close")
+@click.argument("who")
+@plainly
+def close_account(who: str) -> None:
+    """End an account for good, with its keys and tokens; its balance stays in the books."""
+    now = clock.now_ms()
+    write(lambda tx: users.close_account(tx, users.account_of(tx, who), now, COMMAND_LINE))
+
+
+# session tokens
+
+
+@tokens_group.command("mint")
+@click.argument("who")
+@plainly
+def mint_token(who: str) -> None:
+    """Print a fresh session token of the person who owns WHO's account, alone."""
+    found, now = instance(), clock.now_ms()
+
+    def work(tx: Tx) -> tuple[sessions.Session, str]:
+        user = users.of_who(tx, who)
+        if user.status != "active":
+            raise Refusal("conflict", f"That user is {user.status}.")
+        return sessions.start(tx, user.id, Origin("cli"), now), user.account_id
+
+    session, account_id = write(work)
+    issued = session_tokens.mint(
+        found.db, found.signing_keys, found.settings.public_url, session, account_id, now
+    )
+    click.echo(issued.token)
+
+
+@tokens_group.command("rotate-key")
+@plainly
+def rotate_key() -> None:
+    """Sign session tokens with a new key; the old one is published until its tokens have ended."""
+    now = clock.now_ms()
+    kid = instance().signing_keys.rotate(now)
+    write(lambda tx: audit.note(tx, COMMAND_LINE, "signing_key.rotated", now, None, kid))
+    click.echo(kid)
+
+
+def one_claim(command: F) -> F:
+    """The options that name outside tokens by a claim: one of the two."""
+
+    @click.option("--sub", help="All tokens of this subject.")
+    @click.option("--jti", help="This one token.")
+    @functools.wraps(command)
+    def wrapper(sub: str | None, jti: str | None) -> Any:
+        if (sub is None) == (jti is None):
+            raise click.UsageError("Give one of --sub and --jti.")
+        return command(sub, jti)
+
+    return wrapper  # type: ignore[return-value]  # click fills the parameters
+
+
+@tokens_group.command("deny")
+@one_claim
+@plainly
+def deny_token(sub: str | None, jti: str | None) -> None:
+    """Refuse outside issuers' tokens from now on, and what they were traded for."""
+    names, now = instance().issuers.names(), clock.now_ms()
+    write(lambda tx: issuers.deny(tx, names, now, COMMAND_LINE, sub, jti))
+
+
+@tokens_group.command("allow")
+@one_claim
+@plainly
+def allow_token(sub: str | None, jti: str | None) -> None:
+    """Take a denial back. Tokens it has ended stay ended."""
+    now = clock.now_ms()
+    write(lambda tx: issuers.allow(tx, now, COMMAND_LINE, sub, jti))
 
 
 # keys
@@ -165,7 +329,8 @@ def add_key(
     def work(tx: Tx) -> None:
         account_id = users.account_of(tx, who)
         owner = users.owner_of(tx, account_id)
-        keys.add(tx, account_id, owner.id if owner else None, terms, secret, now)
+        user_id = owner.id if owner else None
+        keys.add(tx, account_id, user_id, terms, secret, now, COMMAND_LINE)
 
     write(work)
     click.echo(secret.token)
@@ -192,7 +357,8 @@ def list_keys(who: str | None) -> None:
 @plainly
 def revoke_key(key_id: str) -> None:
     """End a key for good, for the very next request."""
-    write(lambda tx: keys.revoke(tx, key_id))
+    now = clock.now_ms()
+    write(lambda tx: keys.revoke(tx, key_id, now, COMMAND_LINE))
 
 
 @keys_group.command("suspend")
@@ -201,7 +367,8 @@ def revoke_key(key_id: str) -> None:
 @plainly
 def suspend_key(key_id: str, reason: str | None) -> None:
     """Stop a key until the operator resumes it."""
-    write(lambda tx: keys.suspend(tx, key_id, "operator", reason))
+    now = clock.now_ms()
+    write(lambda tx: keys.suspend(tx, key_id, reason, now, COMMAND_LINE))
 
 
 @keys_group.command("resume")
@@ -209,7 +376,8 @@ def suspend_key(key_id: str, reason: str | None) -> None:
 @plainly
 def resume_key(key_id: str) -> None:
     """Let a suspended key work again."""
-    write(lambda tx: keys.resume(tx, key_id, "operator"))
+    now = clock.now_ms()
+    write(lambda tx: keys.resume(tx, key_id, now, COMMAND_LINE))
 
 
 # credits
@@ -221,7 +389,12 @@ def _move(who: str, kind: str, credits: int, note: str | None) -> None:
 
     def work(tx: Tx) -> ledger.Standing | None:
         account_id = users.account_of(tx, who)
-        return ledger.add_credits(tx, account_id, kind, credits, reference, note, now)
+        after = ledger.add_credits(tx, account_id, kind, credits, reference, note, now)
+        audit.note(
+            tx, COMMAND_LINE, f"credits.{kind}", now, account_id, reference,
+            amount=credits, note=note,
+        )  # fmt: skip
+        return after
 
     after = write(work)
     click.echo(f"{credits:+} credits; {after.available} available")
@@ -261,7 +434,13 @@ def refund(request_id: str, note: str | None) -> None:
             raise Refusal("not_found", f"There is no call {request_id}.")
         if len(found) > 1:
             raise Refusal("conflict", f"Several calls have that id: {', '.join(found)}.")
-        return ledger.refund(tx, found[0], note, now)
+        returned = ledger.refund(tx, found[0], note, now)
+        account_id = calls.account_of(tx, found[0])
+        audit.note(
+            tx, COMMAND_LINE, "credits.refund", now, account_id, found[0],
+            amount=returned[0], note=note,
+        )  # fmt: skip
+        return returned
 
     credits, after = write(work)
     click.echo(f"{credits:+} credits; {after.available} available")
@@ -293,6 +472,21 @@ def verify() -> None:
         f"ok: {totals.accounts} accounts, {totals.entries} entries, {totals.calls} calls,"
         f" balance {totals.balance}, held {totals.held}"
     )
+
+
+@click.command("audit")
+@click.argument("who", required=False)
+@click.option("--limit", type=WholeNumber(least=1), default=50, show_default=True)
+@with_appcontext
+@plainly
+def audit_command(who: str | None, limit: int) -> None:
+    """Who did what, newest first, one action a line; of one account, or of all."""
+    with instance().db.reading() as tx:
+        account_id = None if who is None else users.account_of(tx, who)
+    for _, done in audit.page(instance().db, account_id, None, limit):
+        fields = [done["at"], done["actor"], done["address"], done["action"], done["subject"]]
+        detail = json.dumps(done["detail"]) if done["detail"] else ""
+        click.echo(" ".join([str(field or "-") for field in fields] + [detail]).rstrip())
 
 
 # the instance

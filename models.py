@@ -239,10 +239,16 @@ class Database:
             if 0 < version < len(steps):
                 copy = self.path.with_name(f"{self.path.name}.before-{version + 1:04}")
                 copy_database(connection, copy)
+            # A table that is made anew is away for a moment; what refers to it is checked after
+            # each step (https://sqlite.org/lang_altertable.html#otheralter).
+            connection.pragma("foreign_keys", 0)
             for number, step in enumerate(steps[version:], start=version + 1):
                 with connection:
                     connection.execute(step.read_text("utf-8"))
                     connection.execute(f"PRAGMA user_version = {number}")
+                    astray = connection.execute("PRAGMA foreign_key_check").fetchall()
+                    if astray:
+                        raise RuntimeError(f"{step.name} left rows without their parents: {astray}")
         finally:
             connection.close()
             fcntl.flock(self._lock, fcntl.LOCK_UN)

@@ -1,85 +1,249 @@
-"""Links that work once: set the instance up, choose a new password."""
+"""Signing in and out, and the links that work once: set-up, a new password, an invitation."""
 
 from collections.abc import Callable
 
-from flask import Blueprint, Response, render_template, request
+from flask import Blueprint, Response, redirect, request
+from flask_login import current_user
+from werkzeug.wrappers import Response as BaseResponse
 
-from blueprints.rendering import instance
-from core import clock, users
+from blueprints.rendering import client_address, instance, page
+from blueprints.visitors import check_csrf, local_path, sign_in, sign_out
+from core import clock, errors, links, mail, members, passwords, tokens, users
+from core.audit import Actor
 from core.errors import Refusal
-from core.users import Link
+from core.limits import spend_rate
+from core.links import Link
+from core.users import User
 from models import Tx
 
+# What a form does with its e-mail and the hash of its password; the person it makes or changes.
+Work = Callable[[Tx, str, str, int], User]
+
 blueprint = Blueprint("auth", __name__)
+blueprint.before_request(check_csrf)
+
+# Failures of one address against everybody, for one that tries a password on many names.
+_NAMES_AT_ONCE = 10
 
 
 @blueprint.get("/")
-def home() -> str:
-    return render_template("auth/home.html")
+def home() -> Response:
+    return page("auth/home.html")
+
+
+@blueprint.route("/login", methods=["GET", "POST"])
+def login() -> BaseResponse:
+    """Sign in with a password, or find the links to other ways."""
+    wish = local_path(request.values.get("next"), "")
+    if request.method == "GET":
+        if current_user.is_authenticated:
+            return redirect(wish or "/dashboard", 303)
+        return _login_page(200, wish)
+    typed = request.form.get("email", "").strip()
+    try:
+        user = _with_password(typed.lower(), request.form.get("password", ""))
+    except Refusal as refusal:
+        answer = _login_page(refusal.kind.status, wish, typed, refusal.message)
+        answer.headers.update(refusal.all_headers())
+        return answer
+    if user is None:
+        return _login_page(401, wish, typed, "E-mail or password is wrong.")
+    sign_in(user, "password")
+    return redirect(wish or "/dashboard", 303)
+
+
+def _login_page(status: int, wish: str, email: str = "", problem: str = "") -> Response:
+    return page("auth/login.html", status, next=wish, email=email, problem=problem, **_ways())
+
+
+def _with_password(email: str, password: str) -> User | None:
+    """The user of that e-mail if the password is theirs; who does not exist takes as long.
+
+    Every attempt counts, by address and name together, so that nobody can lock a person out from
+    elsewhere. Raises `rate_limited`.
+    """
+    client = client_address(request.environ)
+    most = instance().settings.limits.failed_auth_per_minute
+    name = tokens.digest(email.encode()).hex()
+    _throttle((f"password:{client}:{name}", most), (f"password:{client}", most * _NAMES_AT_ONCE))
+    with instance().db.reading() as tx:
+        found = users.password_of(tx, email)
+    user, stored = found or (None, None)
+    return user if passwords.is_right(password, stored) else None
+
+
+@blueprint.post("/logout")
+def logout() -> BaseResponse:
+    sign_out()
+    return redirect("/login", 303)
+
+
+@blueprint.route("/signup", methods=["GET", "POST"])
+def signup() -> BaseResponse:
+    """A new person with an account of their own, where the operator lets anybody in."""
+    if instance().settings.instance.signup != "open":
+        raise Refusal("signup_closed", "This instance does not take in new people by itself.")
+    if request.method == "GET":
+        return _form("signup")
+    client, credits = client_address(request.environ), instance().settings.instance.signup_credits
+    _throttle((f"signup:{client}", instance().settings.limits.failed_auth_per_minute))
+
+    def work(tx: Tx, email: str, hashed: str, now: int) -> User:
+        return users.sign_up(tx, email, hashed, credits, now, Actor(email, client))
+
+    return _submitted("signup", work)
 
 
 @blueprint.route("/setup", methods=["GET", "POST"])
-def setup() -> Response:
+def setup() -> BaseResponse:
     """The first user, who owns the starter key's account and runs the instance."""
-    return _link_page("setup", _set_up)
+    token, link = _link("setup")
+    if link is None:
+        return _dead_link()
+    if request.method == "GET":
+        return _form("setup", token)
+    by = Actor("setup", client_address(request.environ))
+
+    def work(tx: Tx, email: str, hashed: str, now: int) -> User:
+        used = links.use(tx, "setup", token, now)
+        return users.add(tx, email, hashed, True, now, by, used.account_id)
+
+    return _submitted("setup", work, token)
 
 
 @blueprint.route("/reset", methods=["GET", "POST"])
-def reset() -> Response:
-    """A new password for the user the operator made this link for."""
-    return _link_page("reset", _reset)
+def reset() -> BaseResponse:
+    """A new password for the person a link was made for; their other sign-ins end."""
+    token, link = _link("reset")
+    if link is None or link.user_id is None:
+        return _dead_link()
+    with instance().db.reading() as tx:
+        user = users.get(tx, link.user_id)
+    if request.method == "GET":
+        return _form("reset", token, user.email or user.id)
+    by = Actor(user.id, client_address(request.environ))
+
+    def work(tx: Tx, email: str, hashed: str, now: int) -> User:
+        links.use(tx, "reset", token, now)
+        users.set_password(tx, user.id, hashed, now, by)
+        return users.get(tx, user.id)
+
+    return _submitted("reset", work, token, user.email or user.id)
 
 
-def _link_page(purpose: str, act: Callable[[Link, str, str, str], str]) -> Response:
-    """Show a link's form, or act on it. The token in the form is the proof that the poster has the
-    link, so no cookie is involved and there is nothing to forge across sites."""
+@blueprint.route("/forgot", methods=["GET", "POST"])
+def forgot() -> BaseResponse:
+    """Mail a reset link, if there is a server to mail it; the answer is the same for everybody."""
+    smtp = instance().settings.smtp
+    if request.method == "GET" or smtp is None:
+        return page("auth/forgot.html", has_mail=smtp is not None)
+    email, client = request.form.get("email", "").strip().lower(), client_address(request.environ)
+    name = tokens.digest(email.encode()).hex()
+    _throttle((f"forgot:{client}", 10), (f"forgot:{name}", 3))
+    now = clock.now_ms()
+
+    def work(tx: Tx) -> str | None:
+        user = users.by_email(tx, email)
+        if user is None or user.status != "active":
+            return None
+        return users.reset_link(tx, user, now, Actor(user.id, client))
+
+    token = instance().db.write(work)
+    if token is not None:
+        url = f"{instance().settings.public_url}/reset?token={token}"
+        mail.send_later(smtp, email, "A new password", mail.reset_text(url))
+    return page("auth/forgot.html", has_mail=True, asked=True)
+
+
+@blueprint.route("/invite", methods=["GET", "POST"])
+def invite() -> BaseResponse:
+    """Join an account: as who is signed in, or as a new person with an account of their own too."""
+    token, link = _link("invite")
+    if link is None:
+        return _dead_link()
+    with instance().db.reading() as tx:
+        invitation = members.invited(tx, link.membership_id)
+        owner = users.owner_of(tx, link.account_id)
+    host = owner.email if owner is not None else None
+    asked = invitation.email or ""
+    if request.method == "GET" and not current_user.is_authenticated:
+        return _form("invite", token, asked, host=host)
+    if request.method == "GET":
+        return page("auth/join.html", token=token, host=host, me=current_user.user)
+    if current_user.is_authenticated:
+        visitor, now = current_user, clock.now_ms()
+        instance().db.write(
+            lambda tx: members.join(tx, token, visitor.user.id, now, visitor.actor), durable=True
+        )
+        return redirect("/dashboard", 303)
+    by = Actor("invite", client_address(request.environ))
+
+    def work(tx: Tx, email: str, hashed: str, now: int) -> User:
+        user = users.add(tx, email, hashed, False, now, by)
+        members.join(tx, token, user.id, now, Actor(user.id, by.address))
+        return user
+
+    return _submitted("invite", work, token, asked, host=host)
+
+
+# Forms that ask for an e-mail and a password
+
+
+def _link(purpose: str) -> tuple[str, Link | None]:
+    """The token that was sent, and the link it is, if it can still be used."""
     token = request.values.get("token", "")
     with instance().db.reading() as tx:
-        link = users.look_at_link(tx, purpose, token, clock.now_ms())
-        email = users.email_of(tx, link.user_id) if link and link.user_id else ""
-    if link is None:
-        return _page("auth/used.html", 404)
-    if request.method == "GET":
-        return _page("auth/form.html", 200, purpose=purpose, token=token, email=email)
-    typed = request.form.get("email", email)
+        return token, links.look_at(tx, purpose, token, clock.now_ms())
+
+
+def _form(
+    purpose: str, token: str = "", email: str = "", problem: str = "", status: int = 200,
+    host: str | None = None,
+) -> Response:  # fmt: skip
+    return page(
+        "auth/form.html", status,
+        purpose=purpose, token=token, email=email, problem=problem, host=host, **_ways(),
+    )  # fmt: skip
+
+
+def _submitted(
+    purpose: str, work: Work, token: str = "", fixed: str = "", host: str | None = None
+) -> BaseResponse:
+    """Act on a form and sign its person in, or show what is wrong with it. A reset's e-mail is
+    given (`fixed`); an invitation's only suggested."""
+    typed = fixed if purpose == "reset" else request.form.get("email", "").strip()
     try:
-        done = act(link, token, typed, request.form.get("password", ""))
+        email = typed if purpose == "reset" else users.checked_email(typed)
+        hashed = passwords.hashed(request.form.get("password", ""), email)
+        now = clock.now_ms()
+        user = instance().db.write(lambda tx: work(tx, email, hashed, now), durable=True)
     except Refusal as refusal:
-        return _page(
-            "auth/form.html", refusal.kind.status,
-            purpose=purpose, token=token, email=typed, problem=refusal.message,
-        )  # fmt: skip
-    return _page("auth/done.html", 200, email=done, purpose=purpose)
+        if refusal.kind.status >= 500:
+            raise
+        return _form(purpose, token, typed, refusal.message, refusal.kind.status, host)
+    sign_in(user, purpose)
+    return redirect("/dashboard", 303)
 
 
-def _set_up(link: Link, token: str, typed: str, password: str) -> str:
-    email = users.checked_email(typed)
-    hashed = users.hashed_password(password, email)
+def _dead_link() -> Response:
+    return page("auth/used.html", 404)
+
+
+def _ways() -> dict[str, object]:
+    """What a sign-in page offers besides a password."""
+    settings = instance().settings
+    return {
+        "providers": {name: section.label for name, section in settings.oidc.items()},
+        "signup_open": settings.instance.signup == "open",
+    }
+
+
+def _throttle(*limits: tuple[str, int]) -> None:
+    """Count one attempt under each name. Raises `rate_limited` past any limit a minute."""
     now = clock.now_ms()
-
-    def work(tx: Tx) -> None:
-        used = users.use_link(tx, "setup", token, now)
-        users.add(tx, email, hashed, True, now, used.account_id)
-
-    instance().db.write(work, durable=True)
-    return email
-
-
-def _reset(link: Link, token: str, typed: str, password: str) -> str:
-    assert link.user_id is not None  # a reset is always somebody's
-    user_id = link.user_id
-    with instance().db.reading() as tx:
-        email = users.email_of(tx, user_id)
-    hashed = users.hashed_password(password, email)
-    now = clock.now_ms()
-
-    def work(tx: Tx) -> None:
-        users.use_link(tx, "reset", token, now)
-        users.set_password(tx, user_id, hashed)
-
-    instance().db.write(work, durable=True)
-    return email
-
-
-def _page(template: str, status: int, **values: str) -> Response:
-    return Response(render_template(template, **values), status, mimetype="text/html")
+    rates = instance().db.write(
+        lambda tx: [spend_rate(tx, subject, most, now) for subject, most in limits]
+    )
+    for rate in rates:
+        if rate.exceeded:
+            raise errors.rate_limited("Too many attempts. Wait a minute.", rate.reset_seconds)

@@ -7,36 +7,30 @@ from typing import Any
 
 from flask import Blueprint, Response, request
 
-from blueprints.rendering import client_address, headers, instance, json_response
-from core import access, calls, clock, errors, ledger
+from blueprints.api import manager, page, reader, timestamp, window
+from blueprints.rendering import instance, json_response
+from core import calls, clock, errors, ledger, users
 from core.access import Principal
 from core.ledger import Standing
 
 blueprint = Blueprint("credits", __name__)
 
-MOST_PER_PAGE = 100
-
-
-def reader() -> Principal:
-    """Who is asking; its rate-limit headers go on the answer."""
-    principal, rate = access.read(
-        instance(), headers(request.environ), client_address(request.environ)
-    )
-    if rate is not None:
-        request.environ["farebox.rate_headers"] = rate.headers()
-    return principal
+_DEFAULT_SPAN_MS = 30 * clock.DAY_MS
+_LONGEST_SPAN_MS = 366 * clock.DAY_MS
 
 
 @blueprint.get("/api/v1/account")
 def account() -> Response:
     principal = reader()
     standing = _standing(principal)
+    with instance().db.reading() as tx:
+        privy_id = users.privy_id(tx, principal.user_id)
     return json_response(
         {
             "credits": standing.available,
             "held": standing.held,
             "account": principal.account_id,
-            "privyUserId": None,
+            "privyUserId": privy_id,
             "wallets": [],
             "usd_value": _dollars(standing.available),
         }
@@ -80,30 +74,37 @@ def entries() -> Response:
     return _page(ledger.entries)
 
 
-def _page(read: Callable[..., list[tuple[int, dict[str, Any]]]]) -> Response:
-    """A page of numbered rows, newest first; the cursor is the number of the last one shown."""
-    principal = reader()
-    limit = _number("limit", MOST_PER_PAGE, default=50)
-    before = _number("cursor", 10**15, default=None)
-    rows = read(instance().db, principal.account_id, principal.key_id, before, (limit or 0) + 1)
-    shown = rows[:limit]
-    more = len(rows) > len(shown)
-    return json_response(
-        {
-            "data": [row for _, row in shown],
-            "has_more": more,
-            "next_cursor": str(shown[-1][0]) if more else None,
-        }
-    )
+@blueprint.get("/api/v1/usage/summary")
+def summary() -> Response:
+    """What an account's calls come to, by one of a few things, in a span of time."""
+    principal = manager()
+    by = request.args.get("by", "day")
+    if by not in calls.SUMMARIES:
+        raise errors.invalid_body(f"`by` is one of {', '.join(calls.SUMMARIES)}.", "by")
+    now = clock.now_ms()
+    until = _moment("to")
+    until = now + 1 if until is None else until
+    since = _moment("from")
+    since = until - _DEFAULT_SPAN_MS if since is None else since
+    if not 0 <= until - since <= _LONGEST_SPAN_MS:
+        raise errors.invalid_body("`from` lies before `to`, by a year at most.", "from")
+    rows = calls.summary(instance().db, principal.account_id, by, since, until)
+    return json_response({"data": rows})
 
 
-def _number(name: str, most: int, default: int | None) -> int | None:
+def _moment(name: str) -> int | None:
+    """A time of the query, or a day, which is its first moment in UTC."""
     text = request.args.get(name)
-    if text is None:
-        return default
-    if not re.fullmatch(r"[0-9]{1,15}", text, re.ASCII) or not 1 <= int(text) <= most:
-        raise errors.invalid_body(f"`{name}` is a whole number from 1 to {most}.", name)
-    return int(text)
+    if text is not None and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text, re.ASCII):
+        text += "T00:00:00Z"
+    return timestamp(text, name)
+
+
+def _page(read: Callable[..., list[tuple[int, dict[str, Any]]]]) -> Response:
+    principal = reader()
+    limit, before = window()
+    rows = read(instance().db, principal.account_id, principal.key_id, before, limit + 1)
+    return page(rows, limit)
 
 
 def _standing(principal: Principal) -> Standing:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from flask import Response, current_app, request
+from flask import Response, current_app, render_template, request
 from werkzeug.exceptions import HTTPException
 
 from core import errors, tokens
@@ -23,6 +23,7 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
     " connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
+_PAGES = frozenset({"auth", "oidc", "dashboard", "docs"})  # the blueprints that answer people
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # A name or an IPv6 address in brackets, and perhaps a port (RFC 9110, 7.2).
 _HOST = re.compile(r"(?:([a-z0-9._-]+)|\[([0-9a-f:.]+)\])(?::[0-9]{1,5})?")
@@ -115,10 +116,29 @@ def json_response(value: Any, status: int = 200) -> Response:
     return Response(json.dumps(value) + "\n", status, mimetype="application/json")
 
 
+def page(template: str, status: int = 200, **values: Any) -> Response:
+    """A page for a person."""
+    return Response(render_template(template, **values), status, mimetype="text/html")
+
+
 def refused(why: Refusal) -> Response:
-    """A refusal, for Flask."""
-    status, found, body = refusal(instance(), request.environ, why)
-    return Response(body, status, found)
+    """A refusal, for Flask: a page for people at their browser, JSON for everything else."""
+    if not _is_for_a_person():
+        status, found, body = refusal(instance(), request.environ, why)
+        return Response(body, status, found)
+    request_id = request_ids(request.environ)[0]
+    answer = page("error.html", why.kind.status, why=why, request_id=request_id)
+    answer.headers.update(why.all_headers())
+    return answer
+
+
+def _is_for_a_person() -> bool:
+    if request.blueprint is not None:
+        return request.blueprint in _PAGES
+    if request.path.startswith(("/api/", "/v1/")):
+        return False
+    kinds = ["application/json", "text/html"]  # in doubt the first
+    return request.accept_mimetypes.best_match(kinds) == "text/html"
 
 
 def http_error(error: HTTPException) -> Response:

@@ -5,19 +5,19 @@ is charged, so there is no credential the meter does not see.
 """
 
 import hmac
-import logging
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from core import clock, errors, keys, limits, tokens
+from core import audit, clock, errors, issuers, jose, keys, limits, members, session_tokens, tokens
+from core.audit import Actor
 from core.instance import Instance
+from core.issuers import Outsider
 from core.keys import Key
 from core.ledger import OPERATOR_ACCOUNT, Guard, account_suspended
 from core.limits import CreditLimit, Rate
+from core.session_tokens import Bearer
 from models import Tx
-
-log = logging.getLogger("farebox.access")
 
 LONGEST_CREDENTIAL = 8192
 _ALWAYS = Guard("TRUE", {})
@@ -27,22 +27,21 @@ _VISIBLE = re.compile(r"[\x20-\x2b\x2d-\x7e]*")  # no comma: two headers arrive 
 class Principal(NamedTuple):
     """Whoever a credential stands for, and the terms under which it may spend."""
 
-    payer: str  # `api_key` or `operator`
+    payer: str  # `api_key`, `session` or `operator`
     account_id: str
+    user_id: str | None
     rate_subject: str
     rate_limit: int | None  # requests a minute; None for the operator
     guard: Guard  # what must still hold when credits are set aside
     key: Key | None = None
+    bearer: Bearer | None = None
     scopes: list[str] | None = None
-    limit: CreditLimit | None = None
+    limit: CreditLimit | None = None  # the key's
+    member_limit: CreditLimit | None = None  # the person's, over all their keys and tokens
 
     @property
     def key_id(self) -> str | None:
         return None if self.key is None else self.key.id
-
-    @property
-    def user_id(self) -> str | None:
-        return None if self.key is None else self.key.user_id
 
     @property
     def pays(self) -> bool:
@@ -62,10 +61,11 @@ def identify(instance: Instance, headers: Mapping[str, str], client: str) -> Pri
         )
     operator_key = instance.settings.operator_key
     if operator_key and hmac.compare_digest(token.encode(), operator_key.encode()):
-        log.info("the operator key was used from %s", client)
-        return Principal("operator", OPERATOR_ACCOUNT, "operator", None, _ALWAYS)
+        by, now = Actor("operator_key", client, True), clock.now_ms()
+        instance.db.write(lambda tx: audit.note(tx, by, "operator_key.used", now))
+        return Principal("operator", OPERATOR_ACCOUNT, None, "operator", None, _ALWAYS)
     if token.startswith("eyJ"):
-        raise errors.Refusal("invalid_token", "This session token is not valid.")
+        return _by_session_token(instance, token, client)
     return _by_key(instance, token, client)
 
 
@@ -98,9 +98,10 @@ def _by_key(instance: Instance, token: str, client: str) -> Principal:
         raise errors.invalid_api_key()
     if not instance.verifier.remembers(token, stored):
         _verify(instance, token, stored, f"auth:{client}:{lookup}", now)
-    if status == "suspended":
+    if status == "suspended" or key.user_status == "suspended":
+        reason = key.status_reason if status == "suspended" else key.user_reason
         raise errors.Refusal(
-            "key_suspended", "This API key is suspended.", fields={"reason": key.status_reason}
+            "key_suspended", "This API key is suspended.", fields={"reason": reason}
         )
     if key.account_status != "active":
         raise account_suspended(key.account_reason)
@@ -108,13 +109,68 @@ def _by_key(instance: Instance, token: str, client: str) -> Principal:
     return Principal(
         "api_key",
         key.account_id,
+        key.user_id,
         key.id,
         default if key.rate_limit is None else key.rate_limit,
         keys.still_valid(key, stored, now),
         key,
-        key.scopes,
-        key.limit,
+        scopes=key.scopes,
+        limit=key.limit,
+        member_limit=members.credit_limit(
+            key.account_id, key.user_id, key.member_limit, key.member_period
+        ),
     )
+
+
+def _by_session_token(instance: Instance, token: str, client: str) -> Principal:
+    """The principal of a session token, ours or an outside issuer's. What it says of itself is
+    checked first; then the database says whether it, and all it hangs on, still stands."""
+    parsed, now = jose.parse(token), clock.now_ms()
+    issuer = instance.settings.public_url
+    if parsed.claims.get("iss") == issuer:
+        token_id = session_tokens.check(parsed, instance.signing_keys, issuer, now)
+        bearer = _bearer(instance, token_id, now)
+    else:
+        outsider = instance.issuers.check(parsed, now)
+        token_id = outsider.token_id
+        bearer = _bearer(instance, token_id, now) or _take_in(instance, outsider, now, client)
+    if bearer is None:
+        raise errors.invalid_token()
+    for status, reason in (
+        (bearer.user_status, bearer.user_reason),
+        (bearer.account_status, bearer.account_reason),
+    ):
+        if status != "active":
+            raise account_suspended(reason)
+    return Principal(
+        "session",
+        bearer.account_id,
+        bearer.user_id,
+        bearer.account_id,
+        instance.settings.limits.requests_per_minute,
+        session_tokens.still_valid(token_id, now),
+        bearer=bearer,
+        member_limit=members.credit_limit(
+            bearer.account_id, bearer.user_id, bearer.credit_limit, bearer.credit_period
+        ),
+    )
+
+
+def _bearer(instance: Instance, token_id: str, now: int) -> Bearer | None:
+    with instance.db.reading() as tx:
+        return session_tokens.find(tx, token_id, now)
+
+
+def _take_in(instance: Instance, outsider: Outsider, now: int, client: str) -> Bearer | None:
+    """Who holds an outside token that is seen for the first time, unless it has ended."""
+    section = instance.settings.instance
+    is_open, credits = section.signup == "open", section.signup_credits
+
+    def work(tx: Tx) -> None:
+        issuers.take_in(tx, outsider, is_open, credits, now, client)
+
+    instance.db.write(work, durable=True)
+    return _bearer(instance, outsider.token_id, now)
 
 
 def _verify(instance: Instance, token: str, stored: str, guesser: str, now: int) -> None:
@@ -144,26 +200,50 @@ def authorize(principal: Principal, scope: str | None) -> None:
 
 
 def read(
-    instance: Instance, headers: Mapping[str, str], client: str
+    instance: Instance, headers: Mapping[str, str], client: str, manages: bool = False
 ) -> tuple[Principal, Rate | None]:
     """The principal of a free request, counted in a minute of its own beside the paid calls'.
 
     So a key that has used its minute up can still ask what it has left, and a loop that only asks
-    is bounded too. Raises as `identify` does, and `rate_limited`.
+    is bounded too. Raises as `identify` does, `session_required` for whoever is no person when the
+    request `manages` something, and `rate_limited`.
     """
     principal = identify(instance, headers, client)
+    if manages and principal.bearer is None:
+        raise errors.Refusal("session_required", "This takes a session token.")
     if principal.rate_limit is None:
         return principal, None
-    subject, limit, now = f"read:{principal.rate_subject}", principal.rate_limit, clock.now_ms()
+    return principal, _count(instance, principal.rate_subject, principal.rate_limit, principal.key)
+
+
+def count_reading(instance: Instance, account_id: str) -> Rate:
+    """As `read`, for somebody whose sign-in cookie says who they are. Raises `rate_limited`."""
+    return _count(instance, account_id, instance.settings.limits.requests_per_minute, None)
+
+
+def _count(instance: Instance, subject: str, limit: int, key: Key | None) -> Rate:
+    now = clock.now_ms()
 
     def work(tx: Tx) -> Rate:
-        if principal.key is not None:
-            keys.note_use(tx, principal.key, now)
-        return limits.spend_rate(tx, subject, limit, now)
+        if key is not None:
+            keys.note_use(tx, key, now)
+        return limits.spend_rate(tx, f"read:{subject}", limit, now)
 
     rate = instance.db.write(work)
     if rate.exceeded:
         refusal = rate.refusal()
         refusal.headers.update(rate.headers())
         raise refusal
-    return principal, rate
+    return rate
+
+
+def reassert(tx: Tx, principal: Principal) -> Bearer:
+    """Who acts, asked again in the transaction that acts: whoever was signed out, removed or
+    demoted since the request came in changes nothing any more. Raises `invalid_token`."""
+    assert principal.bearer is not None  # `read` let nobody else manage
+    if tx.row(f"SELECT 1 WHERE {principal.guard.sql}", principal.guard.params) is None:
+        raise errors.invalid_token()
+    found = session_tokens.find(tx, principal.bearer.token_id, clock.now_ms())
+    if found is None:
+        raise errors.invalid_token()
+    return found

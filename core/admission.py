@@ -52,17 +52,40 @@ def admit(
             return Admission(rate, refusal=found)
         if found is not None:
             return Admission(rate, ledger.standing(tx, call.account_id), stored=found)
-    if principal.limit is not None:
-        counted = limits.spend_credits(tx, principal.limit, call.held, now)
-        if isinstance(counted, Refusal):
-            return Admission(rate, refusal=counted)
-        call = call._replace(credit_window_at=counted)
+    counted = _count(tx, principal, call)
+    if isinstance(counted, Refusal):
+        return Admission(rate, refusal=counted)
+    call = call._replace(credit_window_at=counted[0], member_window_at=counted[1])
     held = ledger.hold(tx, call, principal.guard, most_calls)
     if held is None:
-        if principal.limit is not None and call.credit_window_at is not None:
-            limits.release_credits(tx, principal.limit.subject, call.credit_window_at, call.held)
+        _uncount(tx, principal, call)
         why = ledger.why_not_held(tx, call.account_id, call.held, most_calls)
         return Admission(rate, refusal=why)
     if call.idempotency_key is not None:
         idempotency.claim(tx, call.account_id, call.idempotency_key, fingerprint, call.id, now)
     return Admission(rate, held, held=True)
+
+
+def _count(tx: Tx, principal: Principal, call: NewCall) -> tuple[int | None, int | None] | Refusal:
+    """Count the call under the key's limit and the member's: the periods it was counted in."""
+    of_key: int | None = None
+    if principal.limit is not None:
+        counted = limits.spend_credits(tx, principal.limit, call.held, call.created_at)
+        if isinstance(counted, Refusal):
+            return counted
+        of_key = counted
+    if principal.member_limit is None:
+        return of_key, None
+    of_member = limits.spend_credits(tx, principal.member_limit, call.held, call.created_at)
+    if isinstance(of_member, Refusal):
+        _uncount(tx, principal, call._replace(credit_window_at=of_key))
+        return of_member
+    return of_key, of_member
+
+
+def _uncount(tx: Tx, principal: Principal, call: NewCall) -> None:
+    if principal.limit is not None and call.credit_window_at is not None:
+        limits.release_credits(tx, principal.limit.subject, call.credit_window_at, call.held)
+    if principal.member_limit is not None and call.member_window_at is not None:
+        subject = principal.member_limit.subject
+        limits.release_credits(tx, subject, call.member_window_at, call.held)

@@ -12,7 +12,7 @@ from pathlib import Path
 import apsw
 
 from config import FILE_NAME, Settings
-from core import incarnation, ledger
+from core import incarnation, ledger, signing
 from models import Database, Tx, check_database, flush, latest_schema
 
 DATABASE = "farebox.db"
@@ -25,11 +25,11 @@ class BackupError(Exception):
 
 
 def _small_files(folder: Path) -> list[Path]:
-    """What belongs to an instance besides its database: the config, the secret, PEM files."""
+    """What belongs to an instance besides its database: the config, the secrets, PEM files."""
     return sorted(
         path for path in folder.iterdir()
         if path.is_file() and not path.name.startswith(".")
-        and (path.name in (FILE_NAME, "secret_key") or path.suffix == ".pem")
+        and (path.name in (FILE_NAME, "secret_key", signing.FILE_NAME) or path.suffix == ".pem")
     )  # fmt: skip
 
 

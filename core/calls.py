@@ -1,5 +1,6 @@
 """The record of calls, read. (`core/ledger.py` writes it, because a call is a hold.)"""
 
+from decimal import Decimal, localcontext
 from typing import Any
 
 from core import clock
@@ -12,6 +13,14 @@ _COLUMNS = (
 )
 _NAMES = _COLUMNS.replace(" ", "").split(",")
 _NEWEST = 10**15
+# What `summary` can group by: the expression of each.
+SUMMARIES = {
+    "member": "user_id",
+    "key": "key_id",
+    "route": "route",
+    "model": "model",
+    "day": f"created_at / {clock.DAY_MS}",
+}
 
 
 def page(
@@ -52,6 +61,42 @@ def ids_of_request(tx: Tx, request_id: str) -> list[str]:
     )
     found = [row[0] for row in rows]
     return [request_id] if request_id in found else found
+
+
+def summary(db: Database, account_id: str, by: str, since: int, until: int) -> list[dict[str, Any]]:
+    """What an account's calls of a span of time come to, by one of `SUMMARIES`: the most credits
+    first, or the days in order. Calls in flight count as calls."""
+    # Costs are exact decimals kept as text, so equal ones are counted here and added up below.
+    rows = db.rows(
+        f"SELECT {SUMMARIES[by]}, cost_usd, COUNT(*), SUM(captured),"
+        " SUM(CASE WHEN status = 'voided' THEN 1 ELSE 0 END) FROM call"
+        " WHERE account_id = :account AND created_at >= :since AND created_at < :until"
+        " GROUP BY 1, 2",
+        {"account": account_id, "since": since, "until": until},
+    )
+    found: dict[Any, dict[str, Any]] = {}
+    for value, cost, count, captured, failed in rows:
+        name = clock.rfc3339(value * clock.DAY_MS)[:10] if by == "day" else value
+        total = found.setdefault(
+            name, {by: name, "calls": 0, "captured": 0, "failed": 0, "cost_usd": Decimal(0)}
+        )
+        total["calls"] += count
+        total["captured"] += captured
+        total["failed"] += failed
+        with localcontext(prec=60):
+            total["cost_usd"] += Decimal(cost or 0) * count
+    totals = list(found.values())
+    for total in totals:
+        total["cost_usd"] = format(total["cost_usd"], "f")
+    if by == "day":
+        return sorted(totals, key=lambda total: str(total["day"]))
+    return sorted(totals, key=lambda total: (-total["captured"], str(total[by])))
+
+
+def account_of(tx: Tx, call_id: str) -> str | None:
+    """Whose call it is."""
+    row = tx.row("SELECT account_id FROM call WHERE id = :id", {"id": call_id})
+    return None if row is None else row[0]
 
 
 def in_flight(tx: Tx) -> list[tuple[str, str]]:

@@ -31,9 +31,12 @@ KINDS: dict[str, Kind] = {
     "insufficient_credits": Kind(402, _PAYMENT, False, "The account has fewer credits available than the call would set aside: see `credits` and `required`. Nothing was charged and nothing was sent upstream."),
     "key_suspended": Kind(403, _PERMISSION, False, "The key is suspended; `reason` says why. Its owner or the operator can resume it."),
     "account_suspended": Kind(403, _PERMISSION, False, "The account is suspended; `reason` says why. Ask the operator."),
-    "forbidden": Kind(403, _PERMISSION, False, "The change is not yours to make: what the operator suspended, only the operator resumes."),
+    "session_required": Kind(403, _PERMISSION, False, "An API key can spend and read its own calls; managing the account takes a session token."),
+    "signup_closed": Kind(403, _PERMISSION, False, "This instance does not know you, and does not take in new people by itself. Ask the operator, or an account's owner for an invitation."),
+    "csrf_failed": Kind(403, _PERMISSION, False, "The form did not come from a page of this instance in this browser, or is too old. Load the page again."),
+    "forbidden": Kind(403, _PERMISSION, False, "The change is not yours to make: it takes an owner of the account or, where the operator suspended something, the operator."),
     "missing_scope": Kind(403, _PERMISSION, False, "The key may not call this route; `required` names the scope it lacks."),
-    "credit_limit_reached": Kind(403, _PERMISSION, False, "The key's own spending limit is used up: see `limit`, `period` and `resets_at`."),
+    "credit_limit_reached": Kind(403, _PERMISSION, False, "The spending limit of the key, or of the member whose key or token it is, is used up: see `limit`, `period` and `resets_at`."),
     "not_found": Kind(404, _REQUEST, False, "There is nothing here, or it belongs to another account."),
     "method_not_allowed": Kind(405, _REQUEST, False, "The path exists, the method does not; the `Allow` header lists those that do."),
     "body_too_large": Kind(413, _REQUEST, False, "The request body is larger than this route accepts."),
@@ -103,6 +106,11 @@ def invalid_body(message: str, param: str | None = None) -> Refusal:
 def invalid_api_key() -> Refusal:
     """One answer for every way a key can be wrong, so that it tells a stranger nothing."""
     return Refusal("invalid_api_key", "This API key is not valid.")
+
+
+def invalid_token() -> Refusal:
+    """One answer for every way a session token can be wrong."""
+    return Refusal("invalid_token", "This session token is not valid.")
 
 
 def not_found() -> Refusal:

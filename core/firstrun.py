@@ -1,12 +1,12 @@
 """The instance folder, from nothing: config, secret, database; and what the first run prints."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from config import FILE_NAME, Settings
-from core import clock, keys, ledger, tokens, users
+from core import clock, files, keys, ledger, links, tokens
+from core.audit import SYSTEM
 from core.keys import NewSecret, Terms
 from models import Database, Tx
 
@@ -24,8 +24,8 @@ class Welcome(NamedTuple):
 def prepare_folder(folder: Path) -> None:
     """Make what is missing of the instance folder. Safe when several processes do it at once."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _write_once(folder / FILE_NAME, EXAMPLE.read_text("utf-8"))
-    _write_once(folder / "secret_key", tokens.new_secret() + "\n")
+    files.write_once(folder / FILE_NAME, EXAMPLE.read_text("utf-8"))
+    files.write_once(folder / "secret_key", tokens.new_secret() + "\n")
 
 
 def welcome(db: Database, settings: Settings) -> Welcome | None:
@@ -46,29 +46,11 @@ def welcome(db: Database, settings: Settings) -> Welcome | None:
             "starter credits",
             now,
         )
-        keys.add(tx, account_id, None, Terms("starter"), secret, now)
-        token = users.make_link(tx, "setup", account_id, None, now + users.SETUP_LIFE_MS)
+        keys.add(tx, account_id, None, Terms("starter"), secret, now, SYSTEM)
+        token = links.make(tx, "setup", account_id, now)
         return Welcome(token, secret.token)
 
     return db.write(work, durable=True)
-
-
-def _write_once(path: Path, text: str) -> None:
-    """Write a file, 0600, that nobody ever sees half written, unless there is one."""
-    if path.exists():
-        return
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    try:
-        os.link(draft, path)  # fails when another process was first
-    except FileExistsError:
-        return
-    finally:
-        draft.unlink()
 
 
 def greeting(settings: Settings, made: Welcome, environ: Mapping[str, str]) -> str:

@@ -11,7 +11,9 @@ from config import Settings
 from core import sandbox
 from core.catalog import Catalog, Route
 from core.incarnation import Incarnation
+from core.issuers import Issuers
 from core.keys import Verifier
+from core.signing import SigningKeys
 from core.upstream import Outbound, Reply, Wires
 from models import Database, SchemaTooNew, Tx
 
@@ -28,7 +30,9 @@ class Instance:
         self.verifier = Verifier()
         # Endings that the database could not take when they happened; `upkeep` tries again.
         self.unsettled: deque[Callable[[Tx], object]] = deque()
+        self.signing_keys = SigningKeys(settings.folder)
         self._wires = Wires()
+        self.issuers = Issuers(settings, self.db, self._wires)
         self._first_hold = threading.Lock()
 
     def migrate(self) -> None:

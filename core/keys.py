@@ -10,20 +10,23 @@ import re
 import secrets
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import argon2
 
-from core import clock, errors, tokens
+from core import audit, clock, errors, tokens
+from core.audit import Actor
 from core.ledger import Guard
 from core.limits import CreditLimit
+from core.session_tokens import Bearer
 from models import Tx
 
 # OWASP Password Storage Cheat Sheet: argon2id, 19 MiB, two passes, one lane.
 HASHER = argon2.PasswordHasher(time_cost=2, memory_cost=19 * 1024, parallelism=1)
 PERIODS = ("total", "day", "week", "month")
 MOST_KEYS = 1000  # of one account, revoked ones not counted
+MOST_SCOPES = 100
 LONGEST_GRACE_MS = 7 * clock.DAY_MS
 LAST_USED_EVERY_MS = 5 * clock.MINUTE_MS
 
@@ -34,14 +37,18 @@ _SCOPE = re.compile(r"[a-z0-9][A-Za-z0-9._:/*-]{0,99}")
 _COLUMNS = (
     "k.id, k.account_id, k.user_id, k.name, k.start, k.hash, k.previous_hash, k.previous_until,"
     " k.status, k.suspended_by, k.status_reason, k.scopes, k.expires_at, k.credit_limit,"
-    " k.credit_period, k.rate_limit, k.created_at, k.last_used_at, a.status, a.status_reason"
+    " k.credit_period, k.rate_limit, k.number, k.created_at, k.last_used_at, a.status,"
+    " a.status_reason, u.status, u.status_reason, m.credit_limit, m.credit_period"
 )
 _NO_PREVIOUS = "previous_hash = NULL, previous_lookup = NULL, previous_until = NULL"
-_FROM = " FROM api_key k JOIN account a ON a.id = k.account_id"
+_FROM = (
+    " FROM api_key k JOIN account a ON a.id = k.account_id LEFT JOIN user u ON u.id = k.user_id"
+    " LEFT JOIN membership m ON m.account_id = k.account_id AND m.user_id = k.user_id"
+)
 
 
 class Key(NamedTuple):
-    """A row of `api_key`, with the state of its account."""
+    """A row of `api_key`, with the state of its account and of the person it belongs to."""
 
     id: str
     account_id: str
@@ -59,14 +66,26 @@ class Key(NamedTuple):
     credit_limit: int | None
     credit_period: str | None
     rate_limit: int | None
+    number: int
     created_at: int
     last_used_at: int | None
     account_status: str
     account_reason: str | None
+    user_status: str | None
+    user_reason: str | None
+    member_limit: int | None
+    member_period: str | None
 
     @property
     def scopes(self) -> list[str] | None:
         return None if self.scopes_json is None else json.loads(self.scopes_json)
+
+    @property
+    def terms(self) -> "Terms":
+        return Terms(
+            self.name, self.scopes, self.expires_at, self.credit_limit, self.credit_period,
+            self.rate_limit,
+        )  # fmt: skip
 
     @property
     def limit(self) -> CreditLimit | None:
@@ -113,20 +132,40 @@ class Terms:
         """Raises `validation_error` naming the first bad field."""
         if not 1 <= len(self.name) <= 100 or not self.name.isprintable():
             raise errors.invalid_body("A name has 1 to 100 printable characters.", "name")
+        if len(self.scopes or ()) > MOST_SCOPES:
+            raise errors.invalid_body(f"A key has at most {MOST_SCOPES} scopes.", "scopes")
         for scope in self.scopes or ():
             if not _SCOPE.fullmatch(scope):
                 raise errors.invalid_body(f"{scope!r} is not a scope.", "scopes")
         if self.expires_at is not None and self.expires_at <= now:
             raise errors.invalid_body("The expiry lies in the past.", "expires_at")
-        if (self.credit_limit is None) != (self.credit_period is None):
-            raise errors.invalid_body("A credit limit needs a period, and a period a limit.",
-                                      "credit_period")  # fmt: skip
-        if self.credit_limit is not None and not 0 <= self.credit_limit <= 10**15:
-            raise errors.invalid_body("A credit limit is 0 to 10^15 credits.", "credit_limit")
-        if self.credit_period is not None and self.credit_period not in PERIODS:
-            raise errors.invalid_body(f"A period is one of {', '.join(PERIODS)}.", "credit_period")
+        check_limit(self.credit_limit, self.credit_period)
         if self.rate_limit is not None and not 0 <= self.rate_limit <= 10**9:
             raise errors.invalid_body("A rate limit is 0 to 10^9 requests a minute.", "rate_limit")
+
+
+def check_limit(limit: int | None, period: str | None) -> None:
+    """Raises `validation_error` for a credit limit without a period, and the like."""
+    if (limit is None) != (period is None):
+        raise errors.invalid_body(
+            "A credit limit needs a period, and a period a limit.", "credit_period"
+        )
+    if limit is not None and not 0 <= limit <= 10**15:
+        raise errors.invalid_body("A credit limit is 0 to 10^15 credits.", "credit_limit")
+    if period is not None and period not in PERIODS:
+        raise errors.invalid_body(f"A period is one of {', '.join(PERIODS)}.", "credit_period")
+
+
+def check_grace(grace_ms: int) -> None:
+    """Raises `validation_error` for a grace that is none."""
+    if not 0 <= grace_ms <= LONGEST_GRACE_MS:
+        raise errors.invalid_body("A grace is 0 to 7 days.", "grace_seconds")
+
+
+def check_reason(reason: str | None) -> None:
+    """Raises `validation_error` for a reason nobody could be shown."""
+    if reason is not None and not (1 <= len(reason) <= 200 and reason.isprintable()):
+        raise errors.invalid_body("A reason has 1 to 200 printable characters.", "reason")
 
 
 class NewSecret:
@@ -139,8 +178,9 @@ class NewSecret:
 
 
 def add(
-    tx: Tx, account_id: str, user_id: str | None, terms: Terms, secret: NewSecret, now: int
-) -> str:
+    tx: Tx, account_id: str, user_id: str | None, terms: Terms, secret: NewSecret, now: int,
+    by: Actor,
+) -> str:  # fmt: skip
     """A new active key of an account; its id. Raises `validation_error` or `conflict`."""
     terms.check(now)
     count = tx.row(
@@ -152,9 +192,10 @@ def add(
     key_id = tokens.new_id("key")
     tx.run(
         "INSERT INTO api_key (id, account_id, user_id, name, lookup, start, hash, scopes,"
-        " expires_at, credit_limit, credit_period, rate_limit, created_at) VALUES (:id, :account,"
-        " :user, :name, :lookup, :start, :hash, :scopes, :expires_at, :credit_limit,"
-        " :credit_period, :rate_limit, :now)",
+        " expires_at, credit_limit, credit_period, rate_limit, created_at, number)"
+        " SELECT :id, :account, :user, :name, :lookup, :start, :hash, :scopes, :expires_at,"
+        " :credit_limit, :credit_period, :rate_limit, :now, COALESCE(MAX(number), 0) + 1"
+        " FROM api_key WHERE account_id = :account",
         {
             "id": key_id,
             "account": account_id,
@@ -171,6 +212,7 @@ def add(
             "now": now,
         },
     )
+    audit.note(tx, by, "key.created", now, account_id, key_id, name=terms.name, user=user_id)
     return key_id
 
 
@@ -180,6 +222,24 @@ def get(tx: Tx, key_id: str) -> Key:
     if row is None:
         raise errors.not_found()
     return Key(*row)
+
+
+def owned(tx: Tx, key_id: str, bearer: Bearer) -> Key:
+    """A key of the account somebody acts for, if it is theirs to see and change: owners may with
+    all of the account's, members with those they made.
+
+    Raises `not_found` for another account's, `forbidden` for another person's.
+    """
+    row = tx.row(
+        f"SELECT {_COLUMNS}{_FROM} WHERE k.id = :id AND k.account_id = :account",
+        {"id": key_id, "account": bearer.account_id},
+    )
+    if row is None:
+        raise errors.not_found()
+    key = Key(*row)
+    if bearer.role != "owner" and key.user_id != bearer.user_id:
+        raise errors.Refusal("forbidden", "Only an owner of the account may see this key.")
+    return key
 
 
 def by_lookup(tx: Tx, lookup: str, now: int) -> tuple[Key, str] | None:
@@ -209,55 +269,121 @@ def page(tx: Tx, account_id: str | None, after: str, limit: int) -> list[Key]:
     return [Key(*row) for row in rows]
 
 
+def newest(
+    tx: Tx, account_id: str, user_id: str | None, before: int | None, limit: int
+) -> list[Key]:
+    """An account's keys, the newest first; of one person only, if given."""
+    condition = "" if user_id is None else " AND k.user_id = :user"
+    rows = tx.rows(
+        f"SELECT {_COLUMNS}{_FROM} WHERE k.account_id = :account AND k.number < :before{condition}"
+        " ORDER BY k.number DESC LIMIT :limit",
+        {"account": account_id, "before": 10**15 if before is None else before, "limit": limit}
+        | ({} if user_id is None else {"user": user_id}),
+    )
+    return [Key(*row) for row in rows]
+
+
 # Changes of state. Each names what it may start from; anything else is a `conflict`.
 
 
-def revoke(tx: Tx, key_id: str) -> None:
+def change(tx: Tx, key: Key, changes: dict[str, Any], now: int, by: Actor) -> None:
+    """Other `Terms` for a key, those that are named. Raises `validation_error`, and `conflict` for
+    a revoked or expired key."""
+    terms, key_id = replace(key.terms, **changes), key.id
+    if key.status_at(now) in ("active", "suspended"):
+        terms.check(now)
+    changed = tx.run(
+        "UPDATE api_key SET name = :name, scopes = :scopes, expires_at = :expires_at,"
+        " credit_limit = :credit_limit, credit_period = :credit_period, rate_limit = :rate_limit,"
+        # A secret that was rotated out never outlives the key.
+        " previous_until = CASE WHEN previous_until > :expires_at THEN :expires_at"
+        " ELSE previous_until END"
+        " WHERE id = :id AND status IN ('active', 'suspended')"
+        " AND (expires_at IS NULL OR expires_at > :now)",
+        {
+            "id": key_id,
+            "name": terms.name,
+            "scopes": None if terms.scopes is None else json.dumps(terms.scopes),
+            "expires_at": terms.expires_at,
+            "credit_limit": terms.credit_limit,
+            "credit_period": terms.credit_period,
+            "rate_limit": terms.rate_limit,
+            "now": now,
+        },
+    )
+    if not changed:
+        raise errors.Refusal("conflict", f"The key is {key.status_at(now)}; it cannot change.")
+    audit.note(tx, by, "key.changed", now, key.account_id, key_id, changed=sorted(changes))
+
+
+def revoke(tx: Tx, key_id: str, now: int, by: Actor) -> None:
     """End a key for good; revoking again changes nothing. Raises `not_found`."""
-    get(tx, key_id)
-    tx.run(
+    key = get(tx, key_id)
+    changed = tx.run(
         f"UPDATE api_key SET status = 'revoked', {_NO_PREVIOUS}"
         " WHERE id = :id AND status <> 'revoked'",
         {"id": key_id},
     )
+    if changed:
+        audit.note(tx, by, "key.revoked", now, key.account_id, key_id)
 
 
-def suspend(tx: Tx, key_id: str, by: str, reason: str | None) -> None:
-    """Stop a key for a while. `by` is `operator` or `owner`. Raises `not_found`, `conflict`."""
+def revoke_all(
+    tx: Tx, now: int, by: Actor, *, account_id: str | None = None, user_id: str | None = None
+) -> None:
+    """End every key of an account, of a person, or of a person in an account."""
+    wanted = {"account_id": account_id, "user_id": user_id}
+    given = {column: value for column, value in wanted.items() if value is not None}
+    conditions = "".join(f" AND {column} = :{column}" for column in given)
+    revoked = tx.rows(
+        f"UPDATE api_key SET status = 'revoked', {_NO_PREVIOUS}"
+        f" WHERE status <> 'revoked'{conditions} RETURNING id, account_id",
+        given,
+    )
+    for key_id, owner in revoked:
+        audit.note(tx, by, "key.revoked", now, owner, key_id)
+
+
+def suspend(tx: Tx, key_id: str, reason: str | None, now: int, by: Actor) -> None:
+    """Stop a key for a while. Raises `not_found`, `conflict`."""
     key = get(tx, key_id)
     changed = tx.run(
         "UPDATE api_key SET status = 'suspended', suspended_by = :by, status_reason = :reason"
         " WHERE id = :id AND (status = 'active'"
         # The operator's word stands over the owner's, never the other way round.
         " OR (status = 'suspended' AND (suspended_by = 'owner' OR :by = 'operator')))",
-        {"id": key_id, "by": by, "reason": reason},
+        {"id": key_id, "by": _side(by), "reason": reason},
     )
     if not changed:
         raise errors.Refusal("conflict", f"The key is {key.status}; it cannot be suspended.")
+    audit.note(tx, by, "key.suspended", now, key.account_id, key_id, reason=reason)
 
 
-def resume(tx: Tx, key_id: str, by: str) -> None:
+def resume(tx: Tx, key_id: str, now: int, by: Actor) -> None:
     """Let a suspended key work again; only the operator resumes what the operator suspended."""
     key = get(tx, key_id)
     changed = tx.run(
         "UPDATE api_key SET status = 'active', suspended_by = NULL, status_reason = NULL"
         " WHERE id = :id AND status = 'suspended' AND (suspended_by = 'owner' OR :by = 'operator')",
-        {"id": key_id, "by": by},
+        {"id": key_id, "by": _side(by)},
     )
-    if changed:
-        return
-    if key.status == "suspended":
-        raise errors.Refusal("forbidden", "The operator suspended this key.")
-    raise errors.Refusal("conflict", f"The key is {key.status}, not suspended.")
+    if not changed:
+        if key.status == "suspended":
+            raise errors.Refusal("forbidden", "The operator suspended this key.")
+        raise errors.Refusal("conflict", f"The key is {key.status}, not suspended.")
+    audit.note(tx, by, "key.resumed", now, key.account_id, key_id)
 
 
-def rotate(tx: Tx, key_id: str, secret: NewSecret, grace_ms: int, now: int) -> None:
+def _side(by: Actor) -> str:
+    return "operator" if by.is_operator else "owner"
+
+
+def rotate(tx: Tx, key_id: str, secret: NewSecret, grace_ms: int, now: int, by: Actor) -> None:
     """Give a key a new secret; the old one works for `grace_ms`, never past the key's expiry.
 
     Raises `not_found`, `validation_error`, and `conflict` for a revoked or expired key.
     """
-    if not 0 <= grace_ms <= LONGEST_GRACE_MS:
-        raise errors.invalid_body("A grace is 0 to 7 days.", "grace_seconds")
+    check_grace(grace_ms)
     key = get(tx, key_id)
     until = now + grace_ms
     if key.expires_at is not None:
@@ -281,6 +407,7 @@ def rotate(tx: Tx, key_id: str, secret: NewSecret, grace_ms: int, now: int) -> N
     )
     if not changed:
         raise errors.Refusal("conflict", f"The key is {key.status_at(now)}; it cannot rotate.")
+    audit.note(tx, by, "key.rotated", now, key.account_id, key_id, grace_seconds=grace_ms // 1000)
 
 
 def note_use(tx: Tx, key: Key, now: int) -> None:
@@ -307,7 +434,9 @@ def still_valid(key: Key, verified_hash: str, now: int) -> Guard:
     return Guard(
         "EXISTS (SELECT 1 FROM api_key WHERE id = :key_id AND status = 'active'"
         " AND (expires_at IS NULL OR expires_at > :key_now)"
-        " AND (hash = :key_hash OR (previous_hash = :key_hash AND previous_until > :key_now)))",
+        " AND (hash = :key_hash OR (previous_hash = :key_hash AND previous_until > :key_now))"
+        " AND NOT EXISTS (SELECT 1 FROM user u WHERE u.id = api_key.user_id"
+        " AND u.status <> 'active'))",
         {"key_id": key.id, "key_hash": verified_hash, "key_now": now},
     )
 

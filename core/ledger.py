@@ -7,7 +7,8 @@ whole credits. A function whose first argument is `tx` runs in the caller's tran
 
 from typing import Any, NamedTuple
 
-from core import clock, errors, tokens
+from core import audit, clock, errors, tokens
+from core.audit import Actor
 from models import Database, Tx
 
 LARGEST_AMOUNT = 10**15
@@ -53,6 +54,7 @@ class NewCall(NamedTuple):
     created_at: int
     idempotency_key: str | None = None
     credit_window_at: int | None = None
+    member_window_at: int | None = None
 
 
 class Outcome(NamedTuple):
@@ -74,8 +76,10 @@ class Resolved(NamedTuple):
     released: int
     account_id: str
     key_id: str | None
+    user_id: str | None
     idempotency_key: str | None
     credit_window_at: int | None
+    member_window_at: int | None
 
 
 # Accounts
@@ -102,6 +106,14 @@ def standing(tx: Tx, account_id: str) -> Standing:
     if row is None:
         raise errors.not_found()
     return Standing(*row)
+
+
+def status_of(tx: Tx, account_id: str) -> str:
+    """`active`, `suspended` or `closed`. Raises `not_found`."""
+    row = tx.row("SELECT status FROM account WHERE id = :id", {"id": account_id})
+    if row is None:
+        raise errors.not_found()
+    return str(row[0])
 
 
 def last_topup_at(tx: Tx, account_id: str) -> int | None:
@@ -132,9 +144,11 @@ def hold(tx: Tx, call: NewCall, guard: Guard, most_calls: int) -> Standing | Non
     balance, held, number = row
     tx.run(
         "INSERT INTO call (id, request_id, account_id, number, payer, key_id, user_id, route,"
-        " method, units, price, held, created_at, incarnation, idempotency_key, credit_window_at)"
+        " method, units, price, held, created_at, incarnation, idempotency_key, credit_window_at,"
+        " member_window_at)"
         " VALUES (:id, :request_id, :account, :number, :payer, :key_id, :user_id, :route, :method,"
-        " :units, :price, :held, :now, :incarnation, :idempotency_key, :credit_window_at)",
+        " :units, :price, :held, :now, :incarnation, :idempotency_key, :credit_window_at,"
+        " :member_window_at)",
         {
             "id": call.id,
             "request_id": call.request_id,
@@ -152,6 +166,7 @@ def hold(tx: Tx, call: NewCall, guard: Guard, most_calls: int) -> Standing | Non
             "incarnation": call.incarnation,
             "idempotency_key": call.idempotency_key,
             "credit_window_at": call.credit_window_at,
+            "member_window_at": call.member_window_at,
         },
     )
     return Standing(balance, held)
@@ -181,7 +196,42 @@ def account_suspended(reason: str | None) -> errors.Refusal:
     )
 
 
-_ENDED = " RETURNING account_id, key_id, held, idempotency_key, credit_window_at"
+def suspend_account(tx: Tx, account_id: str, reason: str | None, now: int, by: Actor) -> None:
+    """Stop an account's calls until it is resumed. Raises `not_found`, `conflict`."""
+    _change_status(tx, account_id, ("active", "suspended"), "suspended", reason)
+    audit.note(tx, by, "account.suspended", now, account_id, account_id, reason=reason)
+
+
+def resume_account(tx: Tx, account_id: str, now: int, by: Actor) -> None:
+    """Let a suspended account spend again. Raises `not_found`, `conflict`."""
+    _change_status(tx, account_id, ("suspended",), "active", None)
+    audit.note(tx, by, "account.resumed", now, account_id, account_id)
+
+
+def close_account(tx: Tx, account_id: str, now: int, by: Actor) -> None:
+    """End an account for good. Its balance stays in the books, and moves no more but for what is
+    in flight. Raises `not_found`, `conflict`."""
+    _change_status(tx, account_id, ("active", "suspended"), "closed", "closed")
+    audit.note(tx, by, "account.closed", now, account_id, account_id)
+
+
+def _change_status(
+    tx: Tx, account_id: str, before: tuple[str, ...], status: str, reason: str | None
+) -> None:
+    now_is = status_of(tx, account_id)
+    if now_is not in before or account_id == OPERATOR_ACCOUNT:
+        raise errors.Refusal("conflict", f"The account is {now_is}.")
+    tx.run(
+        "UPDATE account SET status = :status, status_reason = :reason"
+        " WHERE id = :id AND status = :before",
+        {"id": account_id, "status": status, "reason": reason, "before": now_is},
+    )
+
+
+_ENDED = (
+    " RETURNING held, account_id, key_id, user_id, idempotency_key, credit_window_at,"
+    " member_window_at"
+)
 
 
 def capture(tx: Tx, call_id: str, credits: int, outcome: Outcome, now: int) -> Resolved | None:
@@ -208,7 +258,7 @@ def capture(tx: Tx, call_id: str, credits: int, outcome: Outcome, now: int) -> R
     )
     if row is None:
         return None
-    account_id, key_id, held, idempotency_key, window_at = row
+    held, account_id, key_id, *rest = row
     captured = min(held, credits)
     account = tx.row(
         "UPDATE account SET balance = balance - :captured, held = held - :held,"
@@ -221,10 +271,8 @@ def capture(tx: Tx, call_id: str, credits: int, outcome: Outcome, now: int) -> R
     balance, still_held, number = account
     if captured > 0:
         _enter(tx, account_id, number, "capture", -captured, balance, call_id, None, now, key_id)
-    return Resolved(
-        Standing(balance, still_held), captured, held - captured, account_id, key_id,
-        idempotency_key, window_at,
-    )  # fmt: skip
+    after = Standing(balance, still_held)
+    return Resolved(after, captured, held - captured, account_id, key_id, *rest)
 
 
 def void(tx: Tx, call_id: str, outcome: Outcome) -> Resolved | None:
@@ -240,14 +288,14 @@ def void(tx: Tx, call_id: str, outcome: Outcome) -> Resolved | None:
     )
     if row is None:
         return None
-    account_id, key_id, held, idempotency_key, window_at = row
+    held, account_id, *rest = row
     account = tx.row(
         "UPDATE account SET held = held - :held, open_calls = open_calls - 1"
         " WHERE id = :account RETURNING balance, held",
         {"account": account_id, "held": held},
     )
     assert account is not None  # a call's account is never deleted
-    return Resolved(Standing(*account), 0, held, account_id, key_id, idempotency_key, window_at)
+    return Resolved(Standing(*account), 0, held, account_id, *rest)
 
 
 # Entries
@@ -276,11 +324,14 @@ def add_credits(
     row = tx.row(
         "UPDATE account SET balance = balance + :n, last_entry = last_entry + 1"
         " WHERE id = :account AND balance + :n >= held AND balance + :n <= :largest"
+        " AND status <> 'closed'"
         " RETURNING balance, held, last_entry",
         {"account": account_id, "n": credits, "largest": LARGEST_AMOUNT},
     )
     if row is None:
         now_standing = standing(tx, account_id)
+        if status_of(tx, account_id) == "closed":
+            raise errors.Refusal("conflict", "The account is closed.")
         if credits < 0:
             raise errors.insufficient_credits(now_standing.available, -credits)
         raise errors.invalid_body(

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Callable
 
-from core import clock, idempotency, ledger, limits
+from core import clock, idempotency, ledger, limits, members
 from core.idempotency import Stored
 from core.instance import Instance
 from core.ledger import Outcome, Resolved, Standing
@@ -37,8 +37,14 @@ def void(tx: Tx, call_id: str, outcome: Outcome) -> Resolved | None:
 
 
 def _release_limit(tx: Tx, resolved: Resolved) -> None:
-    if resolved.credit_window_at is not None and resolved.key_id is not None and resolved.released:
+    """Uncount what was not captured, from the key's limit and from the member's."""
+    if not resolved.released:
+        return
+    if resolved.credit_window_at is not None and resolved.key_id is not None:
         limits.release_credits(tx, resolved.key_id, resolved.credit_window_at, resolved.released)
+    if resolved.member_window_at is not None and resolved.user_id is not None:
+        subject = members.limit_subject(resolved.account_id, resolved.user_id)
+        limits.release_credits(tx, subject, resolved.member_window_at, resolved.released)
 
 
 class Settlement:

@@ -4,7 +4,19 @@ import logging
 import random
 import threading
 
-from core import calls, clock, errors, idempotency, incarnation, keys, limits, settlement, users
+from core import (
+    calls,
+    clock,
+    errors,
+    idempotency,
+    incarnation,
+    keys,
+    limits,
+    links,
+    session_tokens,
+    sessions,
+    settlement,
+)  # fmt: skip
 from core.instance import Instance
 from core.ledger import Outcome
 from models import Tx
@@ -65,12 +77,29 @@ def settle_late(instance: Instance) -> None:
 def tidy(instance: Instance) -> None:
     """Write down what expired, forget what no request can read again."""
     now = clock.now_ms()
-    instance.db.write(lambda tx: keys.latch_expired(tx, now))
-    instance.db.write(lambda tx: users.latch_expired_links(tx, now))
+    instance.db.write(lambda tx: _latch(tx, now))
     while instance.db.write(lambda tx: idempotency.prune(tx, now)) == idempotency.PRUNED_AT_ONCE:
         pass  # another batch: sustained traffic must not outrun the pruning
-    instance.db.write(lambda tx: limits.prune(tx, now))
+    instance.db.write(lambda tx: _prune(tx, now))
     instance.db.checkpoint()
+
+
+def _latch(tx: Tx, now: int) -> None:
+    keys.latch_expired(tx, now)
+    links.latch_expired(tx, now)
+    sessions.latch_expired(tx, now)
+    session_tokens.latch_expired(tx, now)
+
+
+def _prune(tx: Tx, now: int) -> None:
+    limits.prune(tx, now)
+    session_tokens.prune(tx, now)
+    sessions.prune(tx, now)
+
+
+def refresh_issuers(instance: Instance) -> None:
+    """Have the outside issuers' keys at hand before they are needed."""
+    instance.issuers.refresh()
 
 
 class Upkeep(threading.Thread):
@@ -83,7 +112,7 @@ class Upkeep(threading.Thread):
 
     def run(self) -> None:
         while not self._stopped.is_set():
-            for duty in (settle_late, void_orphans, tidy):
+            for duty in (settle_late, void_orphans, tidy, refresh_issuers):
                 try:
                     duty(self._instance)
                 except errors.Refusal:

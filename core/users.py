@@ -1,17 +1,17 @@
-"""People and the accounts they own; passwords; links that work once."""
+"""People: who they are here, and as whom outside issuers know them. Each owns one account."""
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
-from core import clock, errors, ledger, tokens
-from core.keys import HASHER
+from core import audit, errors, keys, ledger, links, members, session_tokens, sessions, tokens
+from core.audit import Actor
 from core.ledger import OPERATOR_ACCOUNT
 from models import Tx
 
-SETUP_LIFE_MS = 7 * clock.DAY_MS
-RESET_LIFE_MS = clock.DAY_MS
-SHORTEST_PASSWORD, LONGEST_PASSWORD = 12, 128
+PRIVY = "privy.io"
 _EMAIL = re.compile(r"[^\s@<>()\[\],;:\\\"]{1,64}@[A-Za-z0-9.-]{1,190}")
+_COLUMNS = "id, email, is_operator, status, status_reason, account_id, created_at"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,19 +19,12 @@ class User:
     """A row of `user`."""
 
     id: str
-    email: str
+    email: str | None
     is_operator: bool
+    status: str
+    status_reason: str | None
     account_id: str
     created_at: int
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """An unused one-time link."""
-
-    purpose: str
-    account_id: str
-    user_id: str | None
 
 
 def checked_email(text: str) -> str:
@@ -41,28 +34,19 @@ def checked_email(text: str) -> str:
     return text.lower()
 
 
-def hashed_password(password: str, email: str) -> str:
-    """The argon2id hash of an acceptable password; slow. Raises `validation_error`."""
-    if not SHORTEST_PASSWORD <= len(password) <= LONGEST_PASSWORD:
-        raise errors.invalid_body(
-            f"A password has {SHORTEST_PASSWORD} to {LONGEST_PASSWORD} characters.", "password"
-        )
-    name = email.partition("@")[0]
-    if (len(name) > 3 and name in password.lower()) or len(set(password)) < 5:
-        raise errors.invalid_body("That password is too easy to guess.", "password")
-    return HASHER.hash(password)
+# Making
 
 
 def add(
-    tx: Tx, email: str, password_hash: str | None, is_operator: bool, now: int,
+    tx: Tx, email: str | None, password_hash: str | None, is_operator: bool, now: int, by: Actor,
     account_id: str | None = None,
 ) -> User:  # fmt: skip
-    """A new user, with a new account or as the owner of one nobody owns. Raises `conflict`."""
-    if tx.row("SELECT 1 FROM user WHERE email = :email", {"email": email}):
+    """A new user, owner of a new account or of one nobody owns. Raises `conflict`."""
+    if email is not None and by_email(tx, email) is not None:
         raise errors.Refusal("conflict", f"{email} is a user already.")
     if account_id is None:
         account_id = ledger.open_account(tx, now)
-    user = User(tokens.new_id("user"), email, is_operator, account_id, now)
+    user = User(tokens.new_id("user"), email, is_operator, "active", None, account_id, now)
     tx.run(
         "INSERT INTO user (id, email, password_hash, is_operator, account_id, created_at)"
         " VALUES (:id, :email, :hash, :operator, :account, :now)",
@@ -75,105 +59,273 @@ def add(
             "now": now,
         },
     )
+    members.enrol(tx, account_id, user.id, "owner", now)
+    audit.note(
+        tx, by, "user.added", now, account_id, user.id,
+        email=email, operator=is_operator or None,
+    )  # fmt: skip
     return user
+
+
+def sign_up(
+    tx: Tx, email: str | None, password_hash: str | None, credits: int, now: int, by: Actor
+) -> User:
+    """As `add`, with the credits every account that somebody signs up for begins with."""
+    user = add(tx, email, password_hash, False, now, by)
+    give_signup_credits(tx, user.account_id, credits, now)
+    return user
+
+
+def give_signup_credits(tx: Tx, account_id: str, credits: int, now: int) -> None:
+    """Once per account, whoever asks how often."""
+    if credits:
+        ledger.add_credits(tx, account_id, "signup", credits, f"signup:{account_id}", None, now)
+
+
+# Finding
+
+
+def get(tx: Tx, user_id: str) -> User:
+    """A user by id. Raises `not_found`."""
+    row = tx.row(f"SELECT {_COLUMNS} FROM user WHERE id = :id", {"id": user_id})
+    if row is None:
+        raise errors.not_found()
+    return _user(row)
+
+
+def by_email(tx: Tx, email: str) -> User | None:
+    row = tx.row(f"SELECT {_COLUMNS} FROM user WHERE email = :email", {"email": email})
+    return None if row is None else _user(row)
+
+
+def password_of(tx: Tx, email: str) -> tuple[User, str | None] | None:
+    """A user by e-mail, with the hash of their password if they have one."""
+    row = tx.row(
+        f"SELECT {_COLUMNS}, password_hash FROM user WHERE email = :email", {"email": email}
+    )
+    return None if row is None else (_user(row[:-1]), row[-1])
 
 
 def every(tx: Tx) -> list[User]:
     """All users by e-mail."""
-    rows = tx.rows("SELECT id, email, is_operator, account_id, created_at FROM user ORDER BY email")
-    return [User(row[0], row[1], bool(row[2]), row[3], row[4]) for row in rows]
+    return [_user(row) for row in tx.rows(f"SELECT {_COLUMNS} FROM user ORDER BY email, id")]
 
 
 def owner_of(tx: Tx, account_id: str) -> User | None:
-    """Who owns an account, if anybody does yet."""
+    """Whose account it is, if anybody's yet."""
     row = tx.row(
-        "SELECT id, email, is_operator, account_id, created_at FROM user"
-        " WHERE account_id = :account",
-        {"account": account_id},
+        f"SELECT {_COLUMNS} FROM user WHERE account_id = :account", {"account": account_id}
     )
-    return None if row is None else User(row[0], row[1], bool(row[2]), row[3], row[4])
+    return None if row is None else _user(row)
 
 
 def account_of(tx: Tx, who: str) -> str:
-    """The account that WHO means: an e-mail (the account its user owns) or an `acct_…`.
-
-    Raises `not_found`.
-    """
+    """The account that WHO means: an e-mail or a `did:…` (the account its user owns), or an
+    `acct_…`. Raises `not_found`, and `conflict` for the operator key's record."""
     if who == OPERATOR_ACCOUNT:
         raise errors.Refusal(
             "conflict", f"{who} records the operator key's calls; it has no credits."
         )
-    column = "email" if "@" in who else "id"
-    table = "user" if "@" in who else "account"
-    result = "account_id" if "@" in who else "id"
+    if "@" not in who and not who.startswith("did:"):
+        ledger.standing(tx, who)
+        return who
+    return of_who(tx, who).account_id
+
+
+def of_who(tx: Tx, who: str) -> User:
+    """The user that WHO means: by e-mail, by `did:…`, by id, or as the owner of an `acct_…`.
+
+    Raises `not_found`.
+    """
+    if "@" in who:
+        found = by_email(tx, who.lower())
+    elif who.startswith("did:"):
+        row = tx.row("SELECT user_id FROM identity WHERE subject = :subject", {"subject": who})
+        found = None if row is None else get(tx, row[0])
+    elif who.startswith("user_"):
+        found = get(tx, who)
+    else:
+        found = owner_of(tx, who)
+    if found is None:
+        raise errors.Refusal("not_found", f"There is no {who}, or nobody owns it yet.")
+    return found
+
+
+def first_seen(
+    tx: Tx, issuer: str, subject: str, email: str | None, credits: int, now: int, by: Actor
+) -> User:
+    """The user an issuer's subject becomes. `email` only if the issuer has verified it; one that is
+    taken is left to whoever has it, because an address proves nothing about a person."""
+    if email is not None and by_email(tx, email) is not None:
+        email = None
+    user = sign_up(tx, email, None, credits, now, by)
+    link_identity(tx, user, issuer, subject, now, by)
+    return user
+
+
+# Outside identities (OpenID Connect Core 1.0, 5.7: only issuer and subject together name a person)
+
+
+def known_as(tx: Tx, issuer: str, subject: str) -> User | None:
+    """The user an issuer means by that subject."""
     row = tx.row(
-        f"SELECT {result} FROM {table} WHERE {column} = :who",
-        {"who": who.lower() if "@" in who else who},
+        "SELECT user_id FROM identity WHERE issuer = :issuer AND subject = :subject",
+        {"issuer": issuer, "subject": subject},
     )
-    if row is None:
-        raise errors.Refusal("not_found", f"There is no {who}.")
-    return str(row[0])
+    return None if row is None else get(tx, row[0])
 
 
-# Links
+def known_by_subject(tx: Tx, subject: str) -> list[str]:
+    """The ids of the users that any issuer means by that subject."""
+    rows = tx.rows("SELECT user_id FROM identity WHERE subject = :sub", {"sub": subject})
+    return [row[0] for row in rows]
 
 
-def make_link(tx: Tx, purpose: str, account_id: str, user_id: str | None, expires_at: int) -> str:
-    """The token of a new one-time link. Only its digest is stored."""
-    token = tokens.new_secret()
+def link_identity(tx: Tx, user: User, issuer: str, subject: str, now: int, by: Actor) -> None:
+    """Let an issuer's subject mean this user. Raises `conflict` when it means another."""
+    known = known_as(tx, issuer, subject)
+    if known is not None:
+        if known.id == user.id:
+            return
+        raise errors.Refusal("conflict", "That identity belongs to another user.")
     tx.run(
-        "INSERT INTO one_time_link (token_hash, purpose, account_id, user_id, expires_at)"
-        " VALUES (:hash, :purpose, :account, :user, :expires_at)",
-        {
-            "hash": tokens.digest(token.encode()),
-            "purpose": purpose,
-            "account": account_id,
-            "user": user_id,
-            "expires_at": expires_at,
-        },
+        "INSERT INTO identity (issuer, subject, user_id, created_at)"
+        " VALUES (:issuer, :subject, :user, :now)",
+        {"issuer": issuer, "subject": subject, "user": user.id, "now": now},
     )
-    return token
+    audit.note(tx, by, "identity.linked", now, user.account_id, user.id, issuer=issuer, sub=subject)
 
 
-def look_at_link(tx: Tx, purpose: str, token: str, now: int) -> Link | None:
-    """The link of a token if it can still be used; looking does not use it."""
+def unlink_identity(tx: Tx, user_id: str, issuer: str, subject: str, now: int, by: Actor) -> None:
+    """Raises `not_found`, or `conflict` when there would be no way left to sign in."""
+    if _ways_in(tx, user_id) < 2:
+        raise errors.Refusal("conflict", "That is the only way left to sign in.")
+    removed = tx.run(
+        "DELETE FROM identity WHERE user_id = :user AND issuer = :issuer AND subject = :subject",
+        {"user": user_id, "issuer": issuer, "subject": subject},
+    )
+    if not removed:
+        raise errors.not_found()
+    user = get(tx, user_id)
+    audit.note(
+        tx, by, "identity.unlinked", now, user.account_id, user_id, issuer=issuer, sub=subject
+    )
+
+
+def has_a_way_in(tx: Tx, user_id: str) -> bool:
+    """Whether the person can sign in by themselves: with a password or an identity."""
+    return _ways_in(tx, user_id) > 0
+
+
+def _ways_in(tx: Tx, user_id: str) -> int:
     row = tx.row(
-        "SELECT purpose, account_id, user_id FROM one_time_link WHERE token_hash = :hash"
-        " AND purpose = :purpose AND used_at IS NULL AND expires_at > :now",
-        {"hash": tokens.digest(token.encode()), "purpose": purpose, "now": now},
+        "SELECT (password_hash IS NOT NULL)"
+        " + (SELECT COUNT(*) FROM identity WHERE user_id = :user) FROM user WHERE id = :user",
+        {"user": user_id},
     )
-    return None if row is None else Link(*row)
+    return 0 if row is None else int(row[0])
 
 
-def use_link(tx: Tx, purpose: str, token: str, now: int) -> Link:
-    """Use a link up. Raises `not_found` when it was used, has expired or never was."""
+def identities_of(tx: Tx, user_id: str) -> list[tuple[str, str]]:
+    """Issuer and subject of each outside identity, the oldest first."""
+    rows = tx.rows(
+        "SELECT issuer, subject FROM identity WHERE user_id = :user ORDER BY created_at, issuer",
+        {"user": user_id},
+    )
+    return [(row[0], row[1]) for row in rows]
+
+
+def privy_id(tx: Tx, user_id: str | None) -> str | None:
+    """The `did:privy:…` of a person, if Privy knows them."""
     row = tx.row(
-        "UPDATE one_time_link SET used_at = :now WHERE token_hash = :hash AND purpose = :purpose"
-        " AND used_at IS NULL AND expires_at > :now RETURNING purpose, account_id, user_id",
-        {"hash": tokens.digest(token.encode()), "purpose": purpose, "now": now},
+        "SELECT subject FROM identity WHERE user_id = :user AND issuer = :privy",
+        {"user": user_id, "privy": PRIVY},
     )
-    if row is None:
-        raise errors.Refusal("not_found", "This link was used before, or is too old.")
-    return Link(*row)
+    return None if row is None else row[0]
 
 
-def latch_expired_links(tx: Tx, now: int) -> None:
-    """Use up what has expired, so that a clock that steps back revives no link."""
-    tx.run(
-        "UPDATE one_time_link SET used_at = :now WHERE used_at IS NULL AND expires_at <= :now",
-        {"now": now},
-    )
+# Changing
 
 
-def set_password(tx: Tx, user_id: str, password_hash: str) -> None:
+def reset_link(tx: Tx, user: User, now: int, by: Actor) -> str:
+    """The token of a link to choose a new password. Raises `conflict` for who is not let in."""
+    if user.status != "active":
+        raise errors.Refusal("conflict", f"That user is {user.status}.")
+    audit.note(tx, by, "password.reset_link", now, user.account_id, user.id)
+    return links.make(tx, "reset", user.account_id, now, user_id=user.id)
+
+
+def set_password(tx: Tx, user_id: str, password_hash: str, now: int, by: Actor) -> None:
+    """A new password, which ends every sign-in and every other reset link of the person."""
     tx.run(
         "UPDATE user SET password_hash = :hash WHERE id = :id",
         {"id": user_id, "hash": password_hash},
     )
+    links.cancel(tx, now, user_id=user_id)
+    sessions.end_all(tx, user_id, now, by)
+    audit.note(tx, by, "password.changed", now, get(tx, user_id).account_id, user_id)
 
 
-def email_of(tx: Tx, user_id: str) -> str:
-    row = tx.row("SELECT email FROM user WHERE id = :id", {"id": user_id})
-    if row is None:
-        raise errors.not_found()
-    return str(row[0])
+def suspend(tx: Tx, user: User, reason: str | None, now: int, by: Actor) -> None:
+    """Keep a person out: sign-ins end, their keys and tokens are refused. Raises `conflict`."""
+    changed = tx.run(
+        "UPDATE user SET status = 'suspended', status_reason = :reason"
+        " WHERE id = :id AND status <> 'closed'",
+        {"id": user.id, "reason": reason},
+    )
+    if not changed:
+        raise errors.Refusal("conflict", "That user is closed.")
+    sessions.end_all(tx, user.id, now, by)
+    audit.note(tx, by, "user.suspended", now, user.account_id, user.id, reason=reason)
+
+
+def resume(tx: Tx, user: User, now: int, by: Actor) -> None:
+    """Let a suspended person in again. Raises `conflict`."""
+    changed = tx.run(
+        "UPDATE user SET status = 'active', status_reason = NULL"
+        " WHERE id = :id AND status = 'suspended'",
+        {"id": user.id},
+    )
+    if not changed:
+        raise errors.Refusal("conflict", f"That user is {user.status}, not suspended.")
+    audit.note(tx, by, "user.resumed", now, user.account_id, user.id)
+
+
+def close(tx: Tx, user: User, now: int, by: Actor) -> None:
+    """End a person here for good, with the account they own. Their e-mail and password are
+    forgotten and may be used again; what they paid for stays in the books.
+
+    Raises `conflict` while others are members of the account.
+    """
+    if user.status == "closed":
+        raise errors.Refusal("conflict", "That user is closed already.")
+    others = [m for m in members.of_account(tx, user.account_id) if m.user_id != user.id]
+    if others:
+        raise errors.Refusal("conflict", "Others are members of their account; remove them first.")
+    sessions.end_all(tx, user.id, now, by)
+    if ledger.status_of(tx, user.account_id) != "closed":
+        close_account(tx, user.account_id, now, by)
+    keys.revoke_all(tx, now, by, user_id=user.id)
+    session_tokens.end(tx, now, user_id=user.id)
+    members.leave_all(tx, user.id, now, by)
+    links.cancel(tx, now, user_id=user.id)
+    tx.run(
+        "UPDATE user SET status = 'closed', email = NULL, password_hash = NULL, is_operator = 0"
+        " WHERE id = :id",
+        {"id": user.id},
+    )
+    audit.note(tx, by, "user.closed", now, user.account_id, user.id)
+
+
+def close_account(tx: Tx, account_id: str, now: int, by: Actor) -> None:
+    """End an account for good: its keys are revoked, its tokens ended. Its balance stays recorded.
+
+    Raises `not_found`, `conflict`.
+    """
+    ledger.close_account(tx, account_id, now, by)
+    keys.revoke_all(tx, now, by, account_id=account_id)
+    session_tokens.end(tx, now, account_id=account_id)
+
+
+def _user(row: tuple[Any, ...]) -> User:
+    return User(row[0], row[1], bool(row[2]), *row[3:])

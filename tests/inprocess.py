@@ -29,6 +29,7 @@ from werkzeug.test import run_wsgi_app
 from app import create_app
 from config import Settings, load
 from core import clock, firstrun, keys, ledger, tokens, users
+from core.audit import COMMAND_LINE
 from core.instance import Instance
 from core.keys import NewSecret, Terms
 
@@ -113,7 +114,7 @@ class Box:
         """A new user with that many credits and a key on those `Terms`."""
         email = f"payer{next(_numbers)}@example.com"
         now = clock.now_ms()
-        user = self.write(lambda tx: users.add(tx, email, None, False, now))
+        user = self.write(lambda tx: users.add(tx, email, None, False, now, COMMAND_LINE))
         if credits:
             self.grant(user.account_id, credits)
         key, key_id = self.key(user.account_id, **terms)
@@ -130,21 +131,23 @@ class Box:
         secret = CheapSecret(self.settings.instance.key_prefix)
         made = Terms(terms.pop("name", f"key {next(_numbers)}"), **terms)
         now = clock.now_ms()
-        key_id = self.write(lambda tx: keys.add(tx, account, None, made, secret, now))
+        key_id = self.write(lambda tx: keys.add(tx, account, None, made, secret, now, COMMAND_LINE))
         return secret.token, key_id
 
     def rotate(self, key_id: str, grace_ms: int = 0) -> str:
         """The key's new secret."""
         secret = CheapSecret(self.settings.instance.key_prefix)
         now = clock.now_ms()
-        self.write(lambda tx: keys.rotate(tx, key_id, secret, grace_ms, now))
+        self.write(lambda tx: keys.rotate(tx, key_id, secret, grace_ms, now, COMMAND_LINE))
         return secret.token
 
     def suspend(self, key_id: str, reason: str | None = None) -> None:
-        self.write(lambda tx: keys.suspend(tx, key_id, "operator", reason))
+        now = clock.now_ms()
+        self.write(lambda tx: keys.suspend(tx, key_id, reason, now, COMMAND_LINE))
 
     def revoke(self, key_id: str) -> None:
-        self.write(lambda tx: keys.revoke(tx, key_id))
+        now = clock.now_ms()
+        self.write(lambda tx: keys.revoke(tx, key_id, now, COMMAND_LINE))
 
     def suspend_account(self, account: str, reason: str | None = None) -> None:
         self.run(

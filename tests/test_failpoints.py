@@ -22,6 +22,7 @@ from test_ledger import Books
 import config
 import models
 from core import clock, errors, gateway, keys, ledger, settlement, upkeep
+from core.audit import SYSTEM
 from core.errors import Refusal
 from core.gateway import Reaction, Request
 from core.instance import Instance
@@ -138,7 +139,7 @@ class World:
         secret = keys.NewSecret("fare")
         terms = keys.Terms("k", None, None, GRANTED, "month", 10**9)
         self.instance.db.write(
-            lambda tx: keys.add(tx, self.account, None, terms, secret, clock.now_ms())
+            lambda tx: keys.add(tx, self.account, None, terms, secret, clock.now_ms(), SYSTEM)
         )
         self.token = secret.token
         self.far = Far()

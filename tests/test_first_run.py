@@ -85,12 +85,13 @@ def test_the_first_run_prints_a_link_and_a_curl_that_works(
     assert verify.returncode == 0, verify.stderr
     assert "balance 99, held 0" in verify.stdout
 
-    page = run.curl(link[0])
-    token = re.search(r'name="token" value="([^"]+)"', page)
-    assert token is not None
+    jar = str(tmp_path / "cookies")
+    page = run.curl(link[0], "-c", jar)
+    hidden = dict(re.findall(r'type="hidden" name="(\w+)" value="([^"]+)"', page))
     made = run.curl(
-        f"http://127.0.0.1:{run.port}/setup",
-        "--data-urlencode", f"token={token[1]}",
+        f"http://127.0.0.1:{run.port}/setup", "-L", "-b", jar, "-c", jar,
+        "--data-urlencode", f"token={hidden['token']}",
+        "--data-urlencode", f"csrf_token={hidden['csrf_token']}",
         "--data-urlencode", "email=Founder@Example.com",
         "--data-urlencode", "password=a long enough password",
     )  # fmt: skip

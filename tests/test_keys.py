@@ -20,9 +20,11 @@ from server import OPERATOR_KEY, Answer, until
 
 import models
 from core import access, clock, keys, tokens
+from core.audit import COMMAND_LINE, Actor
 from core.errors import Refusal
 from core.keys import NewSecret
 
+OWNER = Actor("user_of_the_tests")
 CONFIG = """
 [upstreams.sandbox]
 kind = "sandbox"
@@ -378,30 +380,30 @@ def test_a_suspended_key_says_why_and_works_again_when_resumed(box: Box) -> None
         answer = box.get(path, payer.key)
         assert told(answer) == (403, "key_suspended")
         assert answer.json()["reason"] == "seen in a public repository"
-    box.write(lambda tx: keys.resume(tx, payer.key_id, "operator"))
+    box.write(lambda tx: keys.resume(tx, payer.key_id, clock.now_ms(), COMMAND_LINE))
     assert echo(box, payer.key).status == 200
     assert box.standing(payer) == (94, 0)
 
 
 def test_what_the_operator_suspended_only_the_operator_resumes(box: Box) -> None:
     payer = box.payer()
-    box.write(lambda tx: keys.suspend(tx, payer.key_id, "owner", "mine"))
-    box.write(lambda tx: keys.resume(tx, payer.key_id, "owner"))
+    box.write(lambda tx: keys.suspend(tx, payer.key_id, "mine", clock.now_ms(), OWNER))
+    box.write(lambda tx: keys.resume(tx, payer.key_id, clock.now_ms(), OWNER))
     assert echo(box, payer.key).status == 200
     box.suspend(payer.key_id, "the operator's")
     with pytest.raises(Refusal) as refused:
-        box.write(lambda tx: keys.resume(tx, payer.key_id, "owner"))
+        box.write(lambda tx: keys.resume(tx, payer.key_id, clock.now_ms(), OWNER))
     assert refused.value.code in ("forbidden", "conflict")
     # The owner's own suspension does not take the operator's over.
     with pytest.raises(Refusal):
-        box.write(lambda tx: keys.suspend(tx, payer.key_id, "owner", "mine"))
+        box.write(lambda tx: keys.suspend(tx, payer.key_id, "mine", clock.now_ms(), OWNER))
     assert echo(box, payer.key).json()["reason"] == "the operator's"
     # The operator's does take the owner's over.
     other = box.payer()
-    box.write(lambda tx: keys.suspend(tx, other.key_id, "owner", "mine"))
+    box.write(lambda tx: keys.suspend(tx, other.key_id, "mine", clock.now_ms(), OWNER))
     box.suspend(other.key_id, "the operator's")
     with pytest.raises(Refusal):
-        box.write(lambda tx: keys.resume(tx, other.key_id, "owner"))
+        box.write(lambda tx: keys.resume(tx, other.key_id, clock.now_ms(), OWNER))
 
 
 def test_a_revoked_key_stays_revoked(box: Box) -> None:
@@ -411,9 +413,11 @@ def test_a_revoked_key_stays_revoked(box: Box) -> None:
     assert told(echo(box, payer.key)) == (401, "invalid_api_key")
     box.revoke(payer.key_id)  # once more changes nothing
     for change in (
-        lambda tx: keys.resume(tx, payer.key_id, "operator"),
-        lambda tx: keys.suspend(tx, payer.key_id, "operator", None),
-        lambda tx: keys.rotate(tx, payer.key_id, CheapSecret("fare"), 0, clock.now_ms()),
+        lambda tx: keys.resume(tx, payer.key_id, clock.now_ms(), COMMAND_LINE),
+        lambda tx: keys.suspend(tx, payer.key_id, None, clock.now_ms(), COMMAND_LINE),
+        lambda tx: keys.rotate(
+            tx, payer.key_id, CheapSecret("fare"), 0, clock.now_ms(), COMMAND_LINE
+        ),
     ):
         with pytest.raises(Refusal) as refused:
             box.write(change)

@@ -34,6 +34,7 @@ from app import create_app
 from core import admission, catalog, clock, errors, idempotency, keys, ledger, limits, settlement
 from core.access import Principal
 from core.adapters import Inbound
+from core.audit import SYSTEM
 from core.idempotency import Stored
 from core.ledger import Guard, NewCall, Outcome, Resolved, Standing
 from core.limits import CreditLimit
@@ -290,7 +291,7 @@ class LedgerMachine(RuleBasedStateMachine):
         call = new_call(
             account, credits, key_id=key, created_at=self.now, idempotency_key=repeat
         )  # fmt: skip
-        who = Principal("api_key", account, "subject", None, ALWAYS, limit=limit)
+        who = Principal("api_key", account, None, "subject", None, ALWAYS, limit=limit)
         inbound = Inbound("POST", "/api/v1/x", "", {}, body, call.id)
         got = self.db.write(lambda tx: admission.admit(tx, who, call, None, inbound, most_calls))
         answer = got.refusal.code if got.refusal else "stored" if got.stored else "held"
@@ -602,7 +603,7 @@ def holding(account: str, credits: int, **changes: Any) -> Operation:
 def admitting(account: str, credits: int, body: bytes = b"{}", **changes: Any) -> Operation:
     call = new_call(account, credits, **changes)
     limit = CreditLimit(call.key_id, 1, "day") if call.key_id else None
-    who = Principal("api_key", account, account, None, ALWAYS, limit=limit)
+    who = Principal("api_key", account, None, account, None, ALWAYS, limit=limit)
     inbound = Inbound("POST", "/api/v1/x", "", {}, body, call.id)
 
     def work(tx: Tx) -> str:
@@ -912,12 +913,12 @@ def test_a_revoked_key_sets_nothing_aside(books: Books) -> None:
     account = books.account(9)
     secret = keys.NewSecret("fare")
     terms = keys.Terms("k")
-    key_id = books.db.write(lambda tx: keys.add(tx, account, None, terms, secret, NOW))
+    key_id = books.db.write(lambda tx: keys.add(tx, account, None, terms, secret, NOW, SYSTEM))
     with books.db.reading() as tx:
         key = keys.get(tx, key_id)
     guard = keys.still_valid(key, key.hash, NOW)
     assert books.db.write(lambda tx: ledger.hold(tx, new_call(account, 1), guard, 10))
-    books.db.write(lambda tx: keys.revoke(tx, key_id))
+    books.db.write(lambda tx: keys.revoke(tx, key_id, NOW, SYSTEM))
     assert books.db.write(lambda tx: ledger.hold(tx, new_call(account, 1), guard, 10)) is None
     assert books.standing(account) == (9, 1)
 

@@ -24,6 +24,7 @@ from doubles import Upstream
 from server import Answer, Farebox
 
 from core import clock, errors, keys, ledger, tokens
+from core.audit import SYSTEM
 from models import Database, Tx
 
 TORTURE = os.environ.get("FAREBOX_TORTURE") == "1"
@@ -86,11 +87,13 @@ class Backstage:
         secret = keys.NewSecret("fare")
         terms = terms or keys.Terms("race")
         now = clock.now_ms()
-        key_id = self.db.write(lambda tx: keys.add(tx, account_id, None, terms, secret, now))
+        key_id = self.db.write(
+            lambda tx: keys.add(tx, account_id, None, terms, secret, now, SYSTEM)
+        )
         return key_id, secret.token
 
     def revoke(self, key_id: str) -> None:
-        self.db.write(lambda tx: keys.revoke(tx, key_id), durable=True)
+        self.db.write(lambda tx: keys.revoke(tx, key_id, clock.now_ms(), SYSTEM), durable=True)
 
     def standing(self, account_id: str) -> ledger.Standing:
         with self.db.reading() as tx:

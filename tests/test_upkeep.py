@@ -30,10 +30,11 @@ from core import (
     keys,
     ledger,
     limits,
+    links,
     settlement,
     upkeep,
-    users,
 )
+from core.audit import COMMAND_LINE, SYSTEM
 from core.idempotency import Stored
 from core.instance import Instance
 from core.ledger import Outcome
@@ -347,7 +348,7 @@ def owner(instance: Instance, books: Books) -> tuple[str, str]:
 def new_key(instance: Instance, account: str, **terms: Any) -> tuple[str, str]:
     secret = keys.NewSecret("fare")
     made = keys.Terms("k", **terms)
-    key_id = instance.db.write(lambda tx: keys.add(tx, account, None, made, secret, NOW))
+    key_id = instance.db.write(lambda tx: keys.add(tx, account, None, made, secret, NOW, SYSTEM))
     return key_id, secret.token
 
 
@@ -372,11 +373,13 @@ def test_a_suspended_key_that_expired_is_not_resumed_when_the_clock_steps_back(
     instance: Instance, books: Books, wall: Clock
 ) -> None:
     key_id, token = new_key(instance, books.account(1), expires_at=NOW + HOUR_MS)
-    instance.db.write(lambda tx: keys.suspend(tx, key_id, "operator", "why"))
+    instance.db.write(lambda tx: keys.suspend(tx, key_id, "why", NOW, COMMAND_LINE))
     wall.step(HOUR_MS)
     upkeep.tidy(instance)
     wall.step(-DAY_MS)
-    refused("conflict", lambda: instance.db.write(lambda tx: keys.resume(tx, key_id, "operator")))
+    refused(
+        "conflict", lambda: instance.db.write(lambda tx: keys.resume(tx, key_id, NOW, COMMAND_LINE))
+    )
     refused("invalid_api_key", lambda: identify(instance, token))
 
 
@@ -385,7 +388,7 @@ def test_a_rotated_secret_stays_dead_when_the_clock_steps_back(
 ) -> None:
     key_id, token = new_key(instance, books.account(1))
     fresh = keys.NewSecret("fare")
-    instance.db.write(lambda tx: keys.rotate(tx, key_id, fresh, HOUR_MS, wall.now))
+    instance.db.write(lambda tx: keys.rotate(tx, key_id, fresh, HOUR_MS, wall.now, SYSTEM))
     assert identify(instance, token).key_id == identify(instance, fresh.token).key_id == key_id
     wall.step(HOUR_MS)
     refused("invalid_api_key", lambda: identify(instance, token))
@@ -400,18 +403,16 @@ def test_an_expired_link_stays_dead_when_the_clock_steps_back(
     instance: Instance, books: Books, wall: Clock, purpose: str
 ) -> None:
     account = books.account(1)
-    token = instance.db.write(
-        lambda tx: users.make_link(tx, purpose, account, None, wall.now + HOUR_MS)
-    )
-    wall.step(HOUR_MS)
+    token = instance.db.write(lambda tx: links.make(tx, purpose, account, wall.now))
+    wall.step(links.LIFE_MS[purpose])
     refused("not_found", lambda: use(instance, purpose, token, wall.now))
     upkeep.tidy(instance)
     wall.step(-DAY_MS)
     refused("not_found", lambda: use(instance, purpose, token, wall.now))
 
 
-def use(instance: Instance, purpose: str, token: str, now: int) -> users.Link:
-    return instance.db.write(lambda tx: users.use_link(tx, purpose, token, now))
+def use(instance: Instance, purpose: str, token: str, now: int) -> links.Link:
+    return instance.db.write(lambda tx: links.use(tx, purpose, token, now))
 
 
 def test_a_forgotten_answer_is_not_found_again_when_the_clock_steps_back(

@@ -1,0 +1,111 @@
+"""What the JSON endpoints share: who asks, what they sent, and how pages of rows look."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import msgspec
+from flask import Response, request
+
+from blueprints.bodies import read_body
+from blueprints.rendering import client_address, headers, instance, json_response
+from core import access, clock, errors, strict_json
+from core.access import Principal
+from core.audit import Actor
+from core.errors import Refusal
+from core.session_tokens import Bearer
+from models import Tx
+
+T = TypeVar("T")
+B = TypeVar("B", bound=msgspec.Struct)
+Row = TypeVar("Row")
+
+MOST_PER_PAGE = 100
+_LARGEST_BODY = 64 * 1024
+
+
+def reader(manages: bool = False) -> Principal:
+    """Who is asking; its rate-limit headers go on the answer. Only a session token `manages`."""
+    principal, rate = access.read(
+        instance(), headers(request.environ), client_address(request.environ), manages
+    )
+    if rate is not None:
+        request.environ["farebox.rate_headers"] = rate.headers()
+    return principal
+
+
+def manager() -> Principal:
+    """The person who asks to see or change what only people may."""
+    return reader(manages=True)
+
+
+def act(principal: Principal, work: Callable[[Tx, Bearer, Actor, int], T]) -> T:
+    """Do something for a person in one durable transaction, unless they may not any more."""
+    by, now = Actor(str(principal.user_id), client_address(request.environ)), clock.now_ms()
+
+    def transaction(tx: Tx) -> T:
+        return work(tx, access.reassert(tx, principal), by, now)
+
+    return instance().db.write(transaction, durable=True)
+
+
+def require_owner(bearer: Bearer) -> None:
+    """Raises `forbidden` for a member who tries what owners do."""
+    if bearer.role != "owner":
+        raise Refusal("forbidden", "Only an owner of the account may do that.")
+
+
+def body(shape: type[B]) -> B:
+    """The request's JSON body; an empty one counts as `{}`. Raises `validation_error` for what is
+    not of that shape, unknown fields included, and `unsupported_media_type`."""
+    raw = read_body(request.environ, _LARGEST_BODY)
+    if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
+        raise Refusal("unsupported_media_type", "A body with a Content-Encoding is not accepted.")
+    if raw and request.mimetype not in ("", "application/json"):
+        raise Refusal("unsupported_media_type", "The body must be application/json.")
+    try:
+        return strict_json.decode(raw or b"{}", shape)
+    except strict_json.WrongShape as error:
+        raise errors.invalid_body(f"{error}.", error.field) from None
+    except strict_json.NotJson:
+        raise errors.invalid_body("The body is not JSON.") from None
+
+
+def timestamp(text: str | None, param: str) -> int | None:
+    """The milliseconds of an RFC 3339 time. Raises `validation_error`."""
+    try:
+        return None if text is None else clock.parse_rfc3339(text)
+    except (ValueError, OverflowError):
+        raise errors.invalid_body(
+            "Expected a time such as 2027-01-31T00:00:00Z (RFC 3339).", param
+        ) from None
+
+
+def window() -> tuple[int, int | None]:
+    """How many rows are asked for, and after which: `limit` and `cursor` of the query."""
+    limit = _number("limit", MOST_PER_PAGE, default=50)
+    assert limit is not None  # it has a default
+    return limit, _number("cursor", 10**15, default=None)
+
+
+def page(rows: Sequence[tuple[int, dict[str, Any]]], limit: int) -> Response:
+    """A page of numbered rows, of which `rows` has one more when there are more; the cursor is the
+    number of the last one shown."""
+    shown = rows[:limit]
+    more = len(rows) > len(shown)
+    return json_response(
+        {
+            "data": [row for _, row in shown],
+            "has_more": more,
+            "next_cursor": str(shown[-1][0]) if more else None,
+        }
+    )
+
+
+def _number(name: str, most: int, default: int | None) -> int | None:
+    text = request.args.get(name)
+    if text is None:
+        return default
+    if not re.fullmatch(r"[0-9]{1,15}", text, re.ASCII) or not 1 <= int(text) <= most:
+        raise errors.invalid_body(f"`{name}` is a whole number from 1 to {most}.", name)
+    return int(text)

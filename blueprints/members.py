@@ -1,0 +1,92 @@
+"""The members of an account: everyone may see them, owners invite, change and remove."""
+
+import msgspec
+from flask import Blueprint, Response
+
+from blueprints.api import act, body, manager, require_owner
+from blueprints.rendering import instance, json_response
+from core import mail, members, users
+from core.audit import Actor
+from core.members import Member, Terms
+from core.session_tokens import Bearer
+from models import Tx
+
+blueprint = Blueprint("members", __name__, url_prefix="/api/v1/members")
+
+
+class _Invitation(msgspec.Struct, forbid_unknown_fields=True):
+    email: str
+    role: str = "member"
+    credit_limit: int | None = None
+    credit_period: str | None = None
+
+
+class _Changes(msgspec.Struct, forbid_unknown_fields=True):
+    """What a PATCH names; what it leaves out stays."""
+
+    role: str | msgspec.UnsetType = msgspec.UNSET
+    credit_limit: int | msgspec.UnsetType | None = msgspec.UNSET
+    credit_period: str | msgspec.UnsetType | None = msgspec.UNSET
+
+
+@blueprint.get("")
+def every() -> Response:
+    """All members and invitations; there are few enough for one page."""
+    principal = manager()
+    with instance().db.reading() as tx:
+        found = members.of_account(tx, principal.account_id)
+    shown = [member.to_json() for member in found]
+    return json_response({"data": shown, "has_more": False, "next_cursor": None})
+
+
+@blueprint.post("")
+def invite() -> Response:
+    """Invite somebody by a link that works once, shown here and mailed if there is a server."""
+    principal, wish = manager(), body(_Invitation)
+    terms = Terms(wish.role, wish.credit_limit, wish.credit_period)
+
+    def work(tx: Tx, bearer: Bearer, by: Actor, now: int) -> tuple[Member, str, str | None]:
+        require_owner(bearer)
+        email = users.checked_email(wish.email)
+        member, token = members.invite(tx, bearer.account_id, email, terms, now, by)
+        return member, token, users.get(tx, bearer.user_id).email
+
+    member, token, inviter = act(principal, work)
+    settings = instance().settings
+    url = f"{settings.public_url}/invite?token={token}"
+    if settings.smtp is not None and member.email is not None:
+        text = mail.invitation_text(url, inviter)
+        mail.send_later(settings.smtp, member.email, "An invitation", text)
+    return json_response(member.to_json() | {"invite_url": url}, 201)
+
+
+@blueprint.patch("/<member_id>")
+def change(member_id: str) -> Response:
+    principal, changes = manager(), body(_Changes)
+    named = {
+        name: value
+        for name, value in msgspec.structs.asdict(changes).items()
+        if value is not msgspec.UNSET
+    }
+
+    def work(tx: Tx, bearer: Bearer, by: Actor, now: int) -> Member:
+        member = members.get(tx, member_id, bearer.account_id)
+        require_owner(bearer)
+        terms = Terms(member.role, member.credit_limit, member.credit_period)._replace(**named)
+        return members.change(tx, member, terms, now, by)
+
+    return json_response(act(principal, work).to_json())
+
+
+@blueprint.delete("/<member_id>")
+def remove(member_id: str) -> Response:
+    """Remove a member, or take an invitation back. Whoever is no owner may remove themselves."""
+
+    def work(tx: Tx, bearer: Bearer, by: Actor, now: int) -> None:
+        member = members.get(tx, member_id, bearer.account_id)
+        if member.user_id != bearer.user_id:
+            require_owner(bearer)
+        members.remove(tx, member, now, by)
+
+    act(manager(), work)
+    return Response(status=204)

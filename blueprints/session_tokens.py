@@ -1,0 +1,80 @@
+"""Session tokens: given to who is signed in or holds one, ended one by one, checked by anyone."""
+
+import msgspec
+from flask import Blueprint, Response, request
+from flask_login import current_user
+
+from blueprints.api import body, manager
+from blueprints.rendering import client_address, instance, json_response
+from blueprints.visitors import check_csrf, origin
+from core import access, clock, session_tokens, sessions
+from core.audit import Actor
+from core.errors import Refusal
+from core.session_tokens import Bearer
+from core.sessions import Session
+from models import Tx
+
+blueprint = Blueprint("session_tokens", __name__)
+
+
+class _Wish(msgspec.Struct, forbid_unknown_fields=True):
+    account: str | None = None
+
+
+@blueprint.post("/api/v1/session-tokens")
+def mint() -> Response:
+    """A fresh token of the same session, for the account that is named, or the same as before."""
+    if "Authorization" in request.headers:
+        bearer = manager().bearer
+        assert bearer is not None  # `manager` let nobody else in
+        wish, account_id = body(_Wish), bearer.account_id
+        session = _session_of(bearer)
+    elif current_user.is_authenticated:
+        check_csrf()
+        wish, account_id = body(_Wish), current_user.user.account_id
+        session = current_user.session
+        access.count_reading(instance(), account_id)
+    else:
+        raise Refusal("missing_api_key", "Sign in, or send a session token.")
+    found = instance()
+    issued = session_tokens.mint(
+        found.db, found.signing_keys, found.settings.public_url, session,
+        wish.account or account_id, clock.now_ms(),
+    )  # fmt: skip
+    expires_at = clock.rfc3339(issued.expires_at)
+    return json_response({"token": issued.token, "expires_at": expires_at}, 201)
+
+
+@blueprint.delete("/api/v1/session-tokens/current")
+def revoke() -> Response:
+    """End the token that is sent, and no other."""
+    principal = manager()
+    bearer, now = principal.bearer, clock.now_ms()
+    assert bearer is not None  # `manager` let nobody else in
+    by = Actor(bearer.user_id, client_address(request.environ))
+    instance().db.write(lambda tx: session_tokens.revoke(tx, bearer, now, by), durable=True)
+    return Response(status=204)
+
+
+@blueprint.get("/.well-known/jwks.json")
+def jwks() -> Response:
+    """The public keys our tokens verify with (RFC 7517)."""
+    response = json_response({"keys": instance().signing_keys.public(clock.now_ms())})
+    response.headers["Cache-Control"] = "public, max-age=300"
+    return response
+
+
+def _session_of(bearer: Bearer) -> Session:
+    """The session of a token; an outside one is traded for a session that ends when it does."""
+    now = clock.now_ms()
+    if bearer.session_id is not None:
+        with instance().db.reading() as tx:
+            return sessions.get(tx, bearer.session_id, now)
+    traded = origin("token")._replace(token_id=bearer.token_id, expires_at=bearer.expires_at)
+
+    def work(tx: Tx) -> Session:
+        if session_tokens.find(tx, bearer.token_id, now) is None:
+            raise Refusal("invalid_token", "This session token is not valid.")
+        return sessions.start(tx, bearer.user_id, traded, now)
+
+    return instance().db.write(work)

@@ -1,0 +1,144 @@
+"""Who is at the browser: sign-in cookies, and proof that a form is ours.
+
+The cookie holds a secret that opens a session kept in the database (`core/sessions.py`); whatever
+else Flask keeps in it is short-lived and of no use to anybody else: a form token, a sign-in begun.
+"""
+
+import re
+from urllib.parse import quote, urlsplit
+
+from flask import Flask, redirect, request, session
+from flask_login import LoginManager, current_user, login_user, logout_user
+from flask_wtf.csrf import CSRFError, CSRFProtect
+from werkzeug.wrappers import Response as BaseResponse
+
+from blueprints.rendering import client_address, instance
+from core import clock, sessions, tokens, users
+from core.audit import Actor
+from core.errors import Refusal
+from core.instance import Instance
+from core.sessions import Origin, Session
+from core.users import User
+from models import Tx
+
+_csrf = CSRFProtect()
+_HERE = re.compile(r"/(?!/)[\x21-\x5b\x5d-\x7e]*")  # a path of ours: no host, no backslash
+
+
+class Visitor:
+    """A person who is signed in, as flask-login wants to see them."""
+
+    is_authenticated = True
+    is_active = True
+    is_anonymous = False
+
+    def __init__(self, user: User, found: Session, secret: str) -> None:
+        self.user = user
+        self.session = found
+        self._secret = secret
+
+    def get_id(self) -> str:
+        """What the cookie holds: not who it is, but what opens the session."""
+        return self._secret
+
+    @property
+    def actor(self) -> Actor:
+        return Actor(self.user.id, client_address(request.environ))
+
+
+def register(app: Flask) -> None:
+    """Make cookies ours and tell flask-login who is who."""
+    found: Instance = app.extensions["farebox"]
+    is_https = found.settings.public_url.startswith("https://")
+    app.config.update(
+        # The prefix has browsers refuse it from another host or path (RFC 6265bis, 4.1.3.2).
+        SESSION_COOKIE_NAME="__Host-farebox" if is_https else "farebox",
+        SESSION_COOKIE_SECURE=is_https,
+        SESSION_COOKIE_HTTPONLY=True,
+        SESSION_COOKIE_SAMESITE="Lax",
+        WTF_CSRF_CHECK_DEFAULT=False,  # `check_csrf` is called where a cookie counts
+        WTF_CSRF_HEADERS=["X-CSRF-Token"],
+        WTF_CSRF_TIME_LIMIT=None,  # good for as long as the sign-in
+        WTF_CSRF_SSL_STRICT=False,  # we look at Origin, which is not left out for privacy
+    )
+    _csrf.init_app(app)
+    login = LoginManager(app)
+    login.session_protection = None  # a session is ended by who owns it, not by a new address
+    login.user_loader(_load)
+    login.unauthorized_handler(_to_sign_in)
+
+
+def sign_in(user: User, method: str) -> None:
+    """Start a session for this browser, in place of any before. Raises `account_suspended`."""
+    if user.status != "active":
+        raise Refusal(
+            "account_suspended", "You have been suspended.", fields={"reason": user.status_reason}
+        )
+    sign_out()
+    secret, now, how = tokens.new_secret(), clock.now_ms(), origin(method)
+    started = instance().db.write(
+        lambda tx: sessions.start(tx, user.id, how, now, secret), durable=True
+    )
+    login_user(Visitor(user, started, secret))
+
+
+def sign_out() -> None:
+    """End this browser's session, if it has one, and forget all its cookie held."""
+    if current_user.is_authenticated:
+        visitor, now = current_user, clock.now_ms()
+
+        def work(tx: Tx) -> bool:
+            return sessions.end(tx, visitor.session.id, visitor.user.id, now, visitor.actor)
+
+        instance().db.write(work, durable=True)
+        logout_user()
+    session.clear()
+
+
+def origin(method: str) -> Origin:
+    """How and from where this request signs somebody in."""
+    agent = request.headers.get("User-Agent")
+    return Origin(method, client_address(request.environ), agent)
+
+
+def check_csrf() -> None:
+    """Raises `csrf_failed` unless an unsafe request comes from a page of ours in this browser."""
+    if request.method in ("GET", "HEAD", "OPTIONS"):
+        return
+    sent_from = request.headers.get("Origin")
+    if sent_from is not None and urlsplit(sent_from).netloc not in _our_hosts():
+        raise _forged()
+    try:
+        _csrf.protect()
+    except CSRFError as error:
+        raise _forged() from error
+
+
+def local_path(wish: str | None, otherwise: str = "/dashboard") -> str:
+    """Where to go next, if it is a path here: never another site."""
+    return wish if wish and _HERE.fullmatch(wish) else otherwise
+
+
+def _our_hosts() -> set[str]:
+    return {request.host, urlsplit(instance().settings.public_url).netloc}
+
+
+def _forged() -> Refusal:
+    return Refusal("csrf_failed", "This form is too old, or was not sent from here. Load it again.")
+
+
+def _load(secret: str) -> Visitor | None:
+    found, now = instance(), clock.now_ms()
+    with found.db.reading() as tx:
+        opened = sessions.by_cookie(tx, secret, now)
+        user = None if opened is None else users.get(tx, opened.user_id)
+    if opened is None or user is None:
+        return None
+    if sessions.is_due(opened, now):
+        found.db.write(lambda tx: sessions.touch(tx, opened.id, now))
+    return Visitor(user, opened, secret)
+
+
+def _to_sign_in() -> BaseResponse:
+    target = request.full_path.rstrip("?") if request.method == "GET" else "/dashboard"
+    return redirect(f"/login?next={quote(target, safe='')}", 303)

@@ -1,0 +1,68 @@
+"""Passwords: which are acceptable, and whether one is right."""
+
+import threading
+
+import argon2
+
+from core import errors
+from core.keys import HASHER
+
+SHORTEST, LONGEST = 12, 128
+_AT_ONCE = 1  # in this process; each hash fills a core and 19 MiB
+_PATIENCE_SECONDS = 2.0
+# zxcvbn's scale: below this, fewer than 10^6 guesses find it.
+_LEAST_SCORE = 2
+_LOOKED_AT = 72  # characters; zxcvbn's time grows steeply past them
+# Of a password nobody knows, with today's parameters: an unknown user costs the same time.
+_NOBODYS = (
+    "$argon2id$v=19$m=19456,t=2,p=1$rcgLRfqOHJNmvPj6B7J"
+    "2yg$v8+PAgRqJex7XqFtJ3neMrEYdxU6RqVfSJNeMnqaZQk"
+)
+_slots = threading.BoundedSemaphore(_AT_ONCE)
+
+
+def hashed(password: str, email: str) -> str:
+    """The argon2id hash of an acceptable password; slow. Raises `validation_error`.
+
+    Refused are the commonest passwords, what is guessed as fast, and what holds the e-mail.
+    """
+    if not SHORTEST <= len(password) <= LONGEST:
+        raise errors.invalid_body(f"A password has {SHORTEST} to {LONGEST} characters.", "password")
+    name, _, domain = email.partition("@")
+    if (len(name) > 3 and name in password.lower()) or _is_common(password, [email, name, domain]):
+        raise errors.invalid_body("That password is too easy to guess.", "password")
+    with _Slot():
+        return HASHER.hash(password)
+
+
+def is_right(password: str, stored: str | None) -> bool:
+    """Whether a password satisfies a hash; for None it never does, and takes as long to say so.
+
+    Raises `overloaded` when too many wait.
+    """
+    with _Slot():
+        try:
+            HASHER.verify(stored or _NOBODYS, password)
+        except argon2.exceptions.VerifyMismatchError:
+            return False
+    return stored is not None
+
+
+def _is_common(password: str, about: list[str]) -> bool:
+    from zxcvbn import zxcvbn  # takes a while to load, and is needed seldom
+
+    return bool(zxcvbn(password[:_LOOKED_AT], user_inputs=about)["score"] < _LEAST_SCORE)
+
+
+class _Slot:
+    """Room for one hash at a time, or `overloaded`."""
+
+    def __enter__(self) -> None:
+        if not _slots.acquire(timeout=_PATIENCE_SECONDS):
+            raise errors.Refusal(
+                "overloaded", "Too many passwords are being checked at this moment.",
+                headers={"Retry-After": "1"},
+            )  # fmt: skip
+
+    def __exit__(self, *error: object) -> None:
+        _slots.release()

@@ -7,17 +7,20 @@ take a token without `exp`, and one without `kid` when there is but one key.
 import json
 import re
 from base64 import urlsafe_b64decode
+from collections import OrderedDict
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from core import errors
+from core import errors, tokens
 
 LONGEST = 8000  # characters; a header has no room for more
 LEEWAY_SECONDS = 60  # for the clocks of others
 _FORM = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 # Headers that would have us take a key, or a meaning, from the token itself.
 _REFUSED_HEADERS = frozenset({"crit", "jku", "jwk", "x5u", "x5c", "b64", "zip", "enc", "cty"})
+_REMEMBERED = 10_000
+_found_good: OrderedDict[bytes, Any] = OrderedDict()
 _CURVES = {"P-256": "ES256", "P-384": "ES384", "P-521": "ES512"}
 
 
@@ -51,7 +54,22 @@ def parse(token: str) -> Parsed:
 
 
 def is_signed_by(parsed: Parsed, key: Any) -> bool:
-    """Whether the signature is this key's, made with an algorithm of this key's kind."""
+    """Whether the signature is this key's, made with an algorithm of this key's kind.
+
+    Remembered for this very key, so that a token that is used again costs no public-key arithmetic.
+    """
+    digest = tokens.digest(parsed.token.encode())
+    if _found_good.get(digest) is key:
+        return True
+    if not _verify(parsed, key):
+        return False
+    _found_good[digest] = key
+    if len(_found_good) > _REMEMBERED:
+        _found_good.popitem(last=False)
+    return True
+
+
+def _verify(parsed: Parsed, key: Any) -> bool:
     jws, joserfc_errors = _joserfc().jws, _joserfc().errors
     algorithm = parsed.header.get("alg")
     if algorithm not in algorithms(key):

@@ -42,6 +42,10 @@ class _Suspension(msgspec.Struct, forbid_unknown_fields=True):
     reason: str | None = None
 
 
+class _Nothing(msgspec.Struct, forbid_unknown_fields=True):
+    """A body that says nothing."""
+
+
 @blueprint.get("")
 def every() -> Response:
     """The account's keys, the newest first; a member's own."""
@@ -138,11 +142,13 @@ def suspend(key_id: str) -> Response:
 
 @blueprint.post("/<key_id>/resume")
 def resume(key_id: str) -> Response:
+    principal, _ = manager(), body(_Nothing)
+
     def work(tx: Tx, bearer: Bearer, by: Actor, now: int) -> Key:
         keys.resume(tx, keys.owned(tx, key_id, bearer).id, now, by)
         return keys.get(tx, key_id)
 
-    return _shown(act(manager(), work))
+    return _shown(act(principal, work))
 
 
 def _shown(key: Key, status: int = 200, secret: NewSecret | None = None) -> Response:

@@ -71,9 +71,8 @@ def time(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def do(box: Box, verb: str, key_id: str, token: str | None, **options: Any) -> Answer:
     method, suffix, value = VERBS[verb]
-    return box.request(
-        method, f"{KEYS}/{key_id}{suffix}", key=token, **({"value": value} | options)
-    )
+    sent: dict[str, Any] = {"value": value} | options
+    return box.request(method, f"{KEYS}/{key_id}{suffix}", key=token, **sent)
 
 
 def made(box: Box, who: Person, **terms: Any) -> dict[str, Any]:
@@ -358,40 +357,38 @@ def test_a_created_key_pays_and_its_calls_name_the_person(box: Box, home: House)
 
 # What is read, strictly.
 
-BAD_FIELDS: list[tuple[str, object]] = [
-    *(("name", value) for value in ("", "x" * 101, "a\x00", "a\nb", "\x7f", "a\u202eb", "\u2028")),
-    *(("name", value) for value in (None, 1, True, 1.5, ["a"], {"a": 1})),
-    *(("scopes", value) for value in ("sms:send", 1, True, {}, [1], [None], [["a"]], [True])),
-    *(("scopes", [value]) for value in ("", " ", "a b", "A", "é", "a,b", "-a", "a" * 101, "a\n")),
-    ("scopes", ["a"] * 101),
-    *(
-        ("expires_at", value)
-        for value in (
-            "2001-01-01T00:00:00Z", "1969-12-31T23:59:59Z", "0001-01-01T00:00:00+01:00", "",
-            "soon", "2999-01-31", "2999-01-31T00:00:00", "2999-02-29T00:00:00Z",
-            "2999-13-01T00:00:00Z", "2999-01-31T25:00:00Z", "2998-12-31T23:59:60Z",
-            "9999-12-31T23:59:59-01:00", "2999-01-31T00:00:00+99:00", "٢٩٩٩-01-31T00:00:00Z",
-            "2999-01-31T00:00:00Z\n", "12999-01-31T00:00:00Z", 32_472_144_000, 1.5, True, [], {},
-        )
+
+def each(field: str, *values: object) -> list[tuple[str, object]]:
+    return [(field, value) for value in values]
+
+
+BAD_FIELDS = [
+    *each("name", "", "x" * 101, "a\x00", "a\nb", "\x7f", "a\u202eb", "\u2028"),
+    *each("name", None, 1, True, 1.5, ["a"], {"a": 1}),
+    *each("scopes", "sms:send", 1, True, {}, [1], [None], [["a"]], [True], ["a"] * 101),
+    *each("scopes", [""], [" "], ["a b"], ["A"], ["é"], ["a,b"], ["-a"], ["a" * 101], ["a\n"]),
+    *each(
+        "expires_at",
+        "2001-01-01T00:00:00Z", "1969-12-31T23:59:59Z", "0001-01-01T00:00:00+01:00", "",
+        "soon", "2999-01-31", "2999-01-31T00:00:00", "2999-02-29T00:00:00Z",
+        "2999-13-01T00:00:00Z", "2999-01-31T25:00:00Z", "2998-12-31T23:59:60Z",
+        "9999-12-31T23:59:59-01:00", "2999-01-31T00:00:00+99:00", "٢٩٩٩-01-31T00:00:00Z",
+        "2999-01-31T00:00:00Z\n", "12999-01-31T00:00:00Z", 32_472_144_000, 1.5, True, [], {},
     ),
-    *(("credit_limit", value) for value in (True, 1.0, 1.5, 1e2, "5", [], {}, "٥", "")),
-    *(("rate_limit", value) for value in (-1, 10**9 + 1, 10**30, True, 1.0, "5", [], {})),
-    *(("credit_period", value) for value in (1, True, [], {})),
+    *each("credit_limit", True, 1.0, 1.5, 1e2, "5", [], {}, "٥", ""),
+    *each("rate_limit", -1, 10**9 + 1, 10**30, True, 1.0, "5", [], {}),
+    *each("credit_period", 1, True, [], {}),
 ]  # fmt: skip
 BAD_LIMITS: list[tuple[dict[str, object], str]] = [
     ({"credit_limit": 5}, "credit_period"),
     ({"credit_period": "day"}, "credit_period"),
     ({"credit_limit": None, "credit_period": "day"}, "credit_period"),
     ({"credit_limit": 5, "credit_period": None}, "credit_period"),
-    *(
-        ({"credit_limit": value, "credit_period": "day"}, "credit_limit")
-        for value in (-1, 10**15 + 1, 2**63, -(2**63), 2**64, 10**30)
-    ),
-    *(
-        ({"credit_limit": 5, "credit_period": value}, "credit_period")
-        for value in ("", "Day", "year", "day ", "DAY")
-    ),
 ]
+for amount in (-1, 10**15 + 1, 2**63, -(2**63), 2**64, 10**30):
+    BAD_LIMITS.append(({"credit_limit": amount, "credit_period": "day"}, "credit_limit"))
+for period in ("", "Day", "year", "day ", "DAY"):
+    BAD_LIMITS.append(({"credit_limit": 5, "credit_period": period}, "credit_period"))
 BAD_UNKNOWN: list[dict[str, object]] = [
     {"nmae": "x"}, {"key": "fare_live_x"}, {"user_id": "user_x"}, {"status": "active"},
     {"account_id": "acct_x"}, {"id": "key_x"}, {"": 1}, {"Name": "x"}, {"grace_seconds": 0},
@@ -473,7 +470,8 @@ def test_what_is_not_a_json_object_is_refused_everywhere(box: Box, home: House, 
 def test_a_missing_name_is_named_and_an_empty_body_is_an_empty_object(
     box: Box, home: House
 ) -> None:
-    for options in ({"value": {}}, {"body": b""}, {}, {"value": {"scopes": []}}):
+    bodies: list[dict[str, Any]] = [{"value": {}}, {"body": b""}, {}, {"value": {"scopes": []}}]
+    for options in bodies:
         answer = box.request("POST", KEYS, key=home.owner.token, **options)
         refused(answer, 400, "validation_error")
         assert answer.json()["param"] == "name"

@@ -23,7 +23,6 @@ CONTENT_SECURITY_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:;"
     " connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
-_PAGES = frozenset({"auth", "oidc", "dashboard", "docs"})  # the blueprints that answer people
 _SANE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # A name or an IPv6 address in brackets, and perhaps a port (RFC 9110, 7.2).
 _HOST = re.compile(r"(?:([a-z0-9._-]+)|\[([0-9a-f:.]+)\])(?::[0-9]{1,5})?")
@@ -133,8 +132,6 @@ def refused(why: Refusal) -> Response:
 
 
 def _is_for_a_person() -> bool:
-    if request.blueprint is not None:
-        return request.blueprint in _PAGES
     if request.path.startswith(("/api/", "/v1/")):
         return False
     kinds = ["application/json", "text/html"]  # in doubt the first

@@ -117,8 +117,11 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     except ConfigError as error:
         # What came from the environment may be a secret, and this line goes to a log.
         text = str(error)
-        for value in sorted(interpolated, key=len, reverse=True):
-            text = text.replace(value, "…")
+        # As it is, and as `!r` shows it: alone, or in a text with quotes of both kinds.
+        shown = {form for value in interpolated
+                 for form in (value, repr(value)[1:-1], repr("'\"" + value)[4:-1])}  # fmt: skip
+        for form in sorted(shown, key=len, reverse=True):
+            text = text.replace(form, "…")
         # The name of a table may have a newline in it.
         text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
         raise ConfigError(text) from None

@@ -522,6 +522,18 @@ def test_an_unset_variable_is_refused_by_name(
         assert name in line
 
 
+@pytest.mark.parametrize("secret", ["canary\\x", "canary\tx", 'it\'s "canary"', "canary\x00é"])
+def test_a_refusal_never_shows_a_secret_that_python_would_write_otherwise(
+    tmp_path: Path, secret: str
+) -> None:
+    for config in (
+        api(base_url='"${SECRET}"'),
+        api(base_url="""'https://"o${SECRET}'"""),
+        route(path='"/x${SECRET}"'),
+    ):
+        assert "canary" not in refused(tmp_path / "i", config, SECRET=secret)
+
+
 def test_a_refusal_never_shows_a_secret(tmp_path: Path) -> None:
     for config in (
         api(base_url='"${SECRET}"'),

@@ -528,7 +528,7 @@ def test_a_refusal_never_shows_a_secret_that_python_would_write_otherwise(
 ) -> None:
     for config in (
         api(base_url='"${SECRET}"'),
-        api(base_url="""'https://"o${SECRET}'"""),
+        api(base_url='"https://\\"a b\\"${SECRET}"'),
         route(path='"/x${SECRET}"'),
     ):
         assert "canary" not in refused(tmp_path / "i", config, SECRET=secret)

@@ -7,7 +7,7 @@ share them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 from urllib.parse import urlsplit
@@ -118,7 +118,7 @@ def invited(box: Box, by: Person, email: str, **terms: Any) -> tuple[dict[str, A
 def joined(box: Box, by: Person, who: Person | None = None, **terms: Any) -> Person:
     """A person (a new one, if none is given) who has followed an invitation, with a token for the
     account they have joined."""
-    who = who or person(box)
+    who = person(box) if who is None else replace(who, token=minted(box, who.email))
     shown, link = invited(box, by, who.email, **terms)
     now = clock.now_ms()
     box.write(lambda tx: members.join(tx, link, who.id, now, Actor(who.id)))

@@ -86,6 +86,11 @@ def _home(issued: Issued | None = None) -> Response:
     return page(
         "dashboard/home.html",
         me=visitor.user, here=visitor.session, accounts=accounts, sessions=signed_in,
-        identities=identities, issued=issued, when=clock.rfc3339, base=settings.public_url,
+        identities=identities, issued=issued, when=_when, base=settings.public_url,
         providers={name: section.label for name, section in settings.oidc.items()},
     )  # fmt: skip
+
+
+def _when(at_ms: int) -> str:
+    """A time as people read it."""
+    return f"{clock.rfc3339(at_ms)[:16].replace('T', ' ')} UTC"

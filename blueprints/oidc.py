@@ -27,9 +27,10 @@ log = logging.getLogger("farebox.oidc")
 
 blueprint = Blueprint("oidc", __name__, url_prefix="/oidc")
 
-_PATIENCE_SECONDS = 10
-_WELL_KNOWN = "/.well-known/openid-configuration"
 _BEGUN = "oidc"  # where the cookie keeps what a sign-in was begun for
+_LONGEST_NEXT = 1000  # characters; a cookie holds only so much
+_LEEWAY_SECONDS = 60  # for the provider's clock
+_LONGEST_TROUBLE = 300  # characters of it in the log
 
 
 def register(app: Flask, settings: Settings) -> None:
@@ -38,21 +39,11 @@ def register(app: Flask, settings: Settings) -> None:
         return
     from authlib.integrations.flask_client import OAuth
     from authlib.integrations.flask_client.apps import FlaskOAuth2App
-    from authlib.integrations.requests_client import OAuth2Session
 
-    class Session(OAuth2Session):
-        """Without proxies and netrc of the environment, and never for long."""
+    from core.openid import Client
 
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            self.trust_env = False
-
-        def request(self, *args: Any, **options: Any) -> Any:
-            options["timeout"], options["allow_redirects"] = _PATIENCE_SECONDS, False
-            return super().request(*args, **options)
-
-    class App(FlaskOAuth2App):
-        client_cls = Session
+    class App(Client, FlaskOAuth2App):
+        pass
 
     class Providers(OAuth):
         oauth2_client_cls = App
@@ -82,15 +73,17 @@ def begin(name: str) -> BaseResponse:
         if not current_user.is_authenticated:
             raise Refusal("csrf_failed", "Sign in first.")
     for key in [key for key in session if key.startswith("_state_")]:
-        del session[key]  # of sign-ins that were begun and left; a cookie holds only so much
+        del session[key]  # of sign-ins that were begun and left
     session[_BEGUN] = {
-        "next": local_path(request.args.get("next")),
+        "name": name,
+        "next": local_path(request.args.get("next", "")[:_LONGEST_NEXT]),
         "link": current_user.user.id if linking else None,
         "invite": request.args.get("invite", "")[:100],
     }
     try:
-        _check_metadata(name)
         answer: BaseResponse = _client(name).authorize_redirect(_redirect_uri(name))
+    except Refusal:
+        raise
     except Exception as error:
         raise _failed(name, error) from error
     return answer
@@ -102,21 +95,25 @@ def finish(name: str) -> BaseResponse:
     section = _section(name)
     begun = session.pop(_BEGUN, None) or {}
     try:
+        if begun.get("name") != name:
+            raise ValueError("this browser has not begun to sign in there")
         claims = _verified(name, section)
+    except Refusal:
+        raise
     except Exception as error:
         raise _failed(name, error) from error
-    user = _user(section, claims, begun)
-    if begun.get("link"):
+    user = _user(name, section, claims, begun)
+    if begun["link"]:
         return redirect("/dashboard", 303)
     sign_in(user, f"oidc:{name}")
-    return redirect(begun.get("next") or "/dashboard", 303)
+    return redirect(begun["next"], 303)
 
 
 def _verified(name: str, section: OidcSection) -> dict[str, Any]:
     """The claims of the ID token the code was good for. Raises whatever is wrong."""
-    metadata = _check_metadata(name)
+    metadata = _client(name).load_server_metadata()
     answered_by = request.args.get("iss")
-    named = metadata.get("authorization_response_iss_parameter_supported") is True
+    named = metadata["authorization_response_iss_parameter_supported"]
     if answered_by != metadata["issuer"] and (named or answered_by is not None):
         raise ValueError("the answer came from another issuer")
     token = _client(name).authorize_access_token(
@@ -124,15 +121,17 @@ def _verified(name: str, section: OidcSection) -> dict[str, Any]:
             "iss": {"essential": True, "values": [metadata["issuer"]]},
             "aud": {"essential": True, "values": [section.client_id]},
             "sub": {"essential": True},
-        }
+        },
+        leeway=_LEEWAY_SECONDS,
     )
     claims: dict[str, Any] = dict(token["userinfo"])
-    if not isinstance(claims["sub"], str) or not 1 <= len(claims["sub"]) <= 255:
+    subject = claims["sub"]
+    if not (isinstance(subject, str) and 1 <= len(subject) <= 255 and subject.isprintable()):
         raise ValueError("the subject is no name")
     return claims
 
 
-def _user(section: OidcSection, claims: dict[str, Any], begun: dict[str, Any]) -> User:
+def _user(name: str, section: OidcSection, claims: dict[str, Any], begun: dict[str, Any]) -> User:
     """Who an identity is here, made or linked if need be.
 
     Raises `signup_closed`, and `conflict` when the identity or the address is somebody else's.
@@ -140,16 +139,17 @@ def _user(section: OidcSection, claims: dict[str, Any], begun: dict[str, Any]) -
     issuer, subject, now = claims["iss"], claims["sub"], clock.now_ms()
     email = checked_email(claims.get("email")) if claims.get("email_verified") is True else None
     client, settings = client_address(request.environ), instance().settings.instance
-    if begun.get("link") and not (
+    if begun["link"] and not (
         current_user.is_authenticated and current_user.user.id == begun["link"]
     ):
         raise Refusal("conflict", "Somebody else has signed in meanwhile. Try again.")
 
     def work(tx: Tx) -> User:
-        by = Actor(subject, client)
-        if begun.get("link"):
+        # Not the subject: a provider could call somebody what the audit calls the operator.
+        by = Actor(f"oidc:{name}", client)
+        if begun["link"]:
             linking = users.get(tx, begun["link"])
-            users.link_identity(tx, linking, issuer, subject, now, by)
+            users.link_identity(tx, linking, issuer, subject, now, Actor(linking.id, client))
             return linking
         known = users.known_as(tx, issuer, subject)
         if known is not None:
@@ -157,10 +157,11 @@ def _user(section: OidcSection, claims: dict[str, Any], begun: dict[str, Any]) -
         namesake = None if email is None else users.by_email(tx, email)
         if namesake is not None:
             return _namesake(tx, section, namesake, issuer, subject, now, by)
-        if begun.get("invite"):
+        if begun["invite"]:
             user = users.add(tx, email, None, False, now, by)
             users.link_identity(tx, user, issuer, subject, now, by)
             members.join(tx, begun["invite"], user.id, now, Actor(user.id, client))
+            begun["next"] = "/dashboard"  # the invitation, where it led, is used up
             return user
         if settings.signup != "open":
             raise Refusal("signup_closed", "This instance does not take in new people by itself.")
@@ -181,7 +182,7 @@ def _namesake(
     if users.has_a_way_in(tx, user.id):
         raise Refusal(
             "conflict",
-            f"{user.email} is a user already. Sign in with the password, then add {section.label}.",
+            f"{user.email} is a user already. Sign in as you did before, then add {section.label}.",
         )
     users.link_identity(tx, user, issuer, subject, now, by)
     return user
@@ -198,19 +199,17 @@ def _client(name: str) -> Any:
     return current_app.extensions["authlib.integrations.flask_client"].create_client(name)
 
 
-def _check_metadata(name: str) -> dict[str, Any]:
-    """What the provider says of itself, if it is the provider we were told (Discovery 1.0, 4.3)."""
-    metadata: dict[str, Any] = _client(name).load_server_metadata()
-    if metadata["issuer"].rstrip("/") + _WELL_KNOWN != _section(name).server_metadata_url:
-        raise ValueError(f"the metadata is of another issuer, {metadata['issuer']!r}")
-    return metadata
-
-
 def _redirect_uri(name: str) -> str:
     return f"{instance().settings.public_url}/oidc/{name}/callback"
 
 
 def _failed(name: str, error: Exception) -> Refusal:
-    """Whatever went wrong between us and a provider: the log says what, the page does not."""
-    log.warning("signing in through %s failed: %s: %s", name, type(error).__name__, error)
-    return errors.invalid_body(f"Signing in with {_section(name).label} did not work. Try again.")
+    """Whatever went wrong between us and a provider: the log says what, the page does not.
+
+    Its words may be the provider's, or those of whoever wrote the link, and quote what was sent.
+    """
+    words, section = f"{type(error).__name__}: {error}", _section(name)
+    for secret in (request.args.get("code"), request.args.get("state"), section.client_secret):
+        words = words.replace(secret, "[masked]") if secret else words
+    log.warning("signing in through %s failed: %s", name, ascii(words[:_LONGEST_TROUBLE]))
+    return errors.invalid_body(f"Signing in with {section.label} did not work. Try again.")

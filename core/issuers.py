@@ -274,5 +274,7 @@ def checked_email(text: object) -> str | None:
 
 def _is_name(value: object) -> bool:
     """Whether it can name a person or a token: OpenID Connect Core 1.0, 2, allows a subject of 255
-    ASCII characters."""
-    return isinstance(value, str) and 1 <= len(value) <= 255 and value.isprintable()
+    ASCII characters. One that cannot be seen names nobody."""
+    if not isinstance(value, str) or not 1 <= len(value) <= 255:
+        return False
+    return value.isprintable() and bool(value.strip())

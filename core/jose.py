@@ -21,6 +21,7 @@ _FORM = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
 _REFUSED_HEADERS = frozenset({"crit", "jku", "jwk", "x5u", "x5c", "b64", "zip", "enc", "cty"})
 _REMEMBERED = 10_000
 _found_good: OrderedDict[bytes, Any] = OrderedDict()
+_SHORTEST_RSA = 342  # characters of base64url, which 2,048 bits take (RFC 7518, 3.3)
 _CURVES = {"P-256": "ES256", "P-384": "ES384", "P-521": "ES512"}
 
 
@@ -99,7 +100,13 @@ def algorithms(key: Any) -> tuple[str, ...]:
 
 def key_from_pem(pem: str) -> Any:
     """The public key of a PEM file. Raises ValueError."""
-    return _joserfc().jwk.import_key(pem)
+    jwk, joserfc_errors = _joserfc().jwk, _joserfc().errors
+    for kind in (jwk.ECKey, jwk.RSAKey, jwk.OKPKey):
+        try:
+            return kind.import_key(pem)
+        except joserfc_errors.InvalidKeyTypeError:
+            continue
+    raise ValueError("not an EC, RSA or Ed25519 key")
 
 
 def keys_from_set(document: str) -> dict[str, Any]:
@@ -116,7 +123,7 @@ def keys_from_set(document: str) -> dict[str, Any]:
     found = {}
     for entry in entries:
         kid = entry.get("kid")
-        if not isinstance(kid, str) or entry.get("use", "sig") != "sig":
+        if not isinstance(kid, str) or entry.get("use", "sig") != "sig" or not _is_usable(entry):
             continue
         try:
             key = jwk.import_key(entry)
@@ -169,7 +176,17 @@ def _joserfc() -> ModuleType:
     import joserfc.jwk
     import joserfc.jws
 
+    # The older name of Ed25519 (RFC 9864), no weaker for it and what issuers say: no warning.
+    joserfc.jws.JWSRegistry.algorithms["EdDSA"].security_warning = None
     return joserfc
+
+
+def _is_usable(entry: dict[str, Any]) -> bool:
+    """Whether a key of a set is public and long enough. A shared secret is not even looked at."""
+    kind, modulus = entry.get("kty"), entry.get("n")
+    if kind == "RSA":
+        return isinstance(modulus, str) and len(modulus) >= _SHORTEST_RSA
+    return kind in ("EC", "OKP")
 
 
 def _json_object(segment: str) -> dict[str, Any]:

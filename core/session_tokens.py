@@ -4,6 +4,7 @@ Ours are rows from their minting on, an outside issuer's from their first use on
 the row and what it hangs on (session, person, membership, account), so no worker is ever told.
 """
 
+import re
 from typing import NamedTuple
 
 from core import audit, clock, errors, jose, sessions, signing, tokens
@@ -17,6 +18,7 @@ from models import Database, Tx
 # Ours alone, so that no token made for something else is taken for one (RFC 8725, 3.11).
 TYPE = "farebox-session+jwt"
 LIFE_MS = signing.LIFE_SECONDS * 1000
+_ID = re.compile(r"[a-z]+_[0-9a-f]{24}")  # as `tokens.new_id` makes them
 _KEPT_MS = 2 * clock.DAY_MS  # after its end: a clock that steps back a day revives nothing
 _ALIVE = (
     " FROM session_token t JOIN user u ON u.id = t.user_id"
@@ -135,7 +137,7 @@ def check(parsed: Parsed, keys: SigningKeys, issuer: str, now: int) -> str:
     if (
         claims.get("iss") != issuer
         or claims.get("aud") != issuer
-        or not all(isinstance(value, str) for value in named)
+        or not all(isinstance(value, str) and _ID.fullmatch(value) for value in named)
     ):
         raise errors.invalid_token()
     jose.check_times(claims, now, signing.LIFE_SECONDS, leeway=0)

@@ -79,7 +79,8 @@ class SigningKeys:
         if seen is None or seen != self._seen:
             with self._mutex:
                 if seen is None:
-                    files.write_once(self._path, _text([_new_entry()]))
+                    with files.locked(self._lock_path):  # a rotation would lose what it cannot see
+                        files.write_once(self._path, _text([_new_entry()]))
                     seen = self._stamp()
                 if seen != self._seen:
                     self._keys = {

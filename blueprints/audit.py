@@ -17,9 +17,9 @@ def log() -> Response:
     assert bearer is not None  # `manager` let nobody else in
     limit, before = window()
     account_id = request.args.get("account", bearer.account_id)
-    if account_id == bearer.account_id:
+    if not bearer.is_operator:
         require_owner(bearer)
-    elif not bearer.is_operator:
-        raise Refusal("forbidden", "Only the operator may see other accounts' logs.")
+        if account_id != bearer.account_id:
+            raise Refusal("forbidden", "Only the operator may see other accounts' logs.")
     whose = None if account_id == "all" else account_id
     return page(audit.page(instance().db, whose, before, limit + 1), limit)

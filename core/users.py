@@ -135,13 +135,15 @@ def account_of(tx: Tx, who: str) -> str:
 def of_who(tx: Tx, who: str) -> User:
     """The user that WHO means: by e-mail, by `did:…`, by id, or as the owner of an `acct_…`.
 
-    Raises `not_found`.
+    Raises `not_found`, and `conflict` for a subject by which issuers mean different people.
     """
     if "@" in who:
         found = by_email(tx, who.lower())
     elif who.startswith("did:"):
-        row = tx.row("SELECT user_id FROM identity WHERE subject = :subject", {"subject": who})
-        found = None if row is None else get(tx, row[0])
+        known = known_by_subject(tx, who)
+        if len(known) > 1:
+            raise errors.Refusal("conflict", f"Several people are {who}: {', '.join(known)}.")
+        found = get(tx, known[0]) if known else None
     elif who.startswith("user_"):
         found = get(tx, who)
     else:
@@ -177,7 +179,10 @@ def known_as(tx: Tx, issuer: str, subject: str) -> User | None:
 
 def known_by_subject(tx: Tx, subject: str) -> list[str]:
     """The ids of the users that any issuer means by that subject."""
-    rows = tx.rows("SELECT user_id FROM identity WHERE subject = :sub", {"sub": subject})
+    rows = tx.rows(
+        "SELECT DISTINCT user_id FROM identity WHERE subject = :sub ORDER BY user_id",
+        {"sub": subject},
+    )
     return [row[0] for row in rows]
 
 

@@ -7,7 +7,7 @@ else Flask keeps in it is short-lived and of no use to anybody else: a form toke
 import re
 from urllib.parse import quote, urlsplit
 
-from flask import Flask, redirect, request, session
+from flask import Flask, g, redirect, request, session
 from flask_login import LoginManager, current_user, login_user, logout_user
 from flask_wtf.csrf import CSRFError, CSRFProtect
 from werkzeug.wrappers import Response as BaseResponse
@@ -106,11 +106,11 @@ def check_csrf() -> None:
     if request.method in ("GET", "HEAD", "OPTIONS"):
         return
     sent_from = request.headers.get("Origin")
-    if sent_from is not None and urlsplit(sent_from).netloc not in _our_hosts():
-        raise _forged()
     try:
+        if sent_from is not None and urlsplit(sent_from).netloc not in _our_hosts():
+            raise _forged()
         _csrf.protect()
-    except CSRFError as error:
+    except (ValueError, CSRFError) as error:  # ValueError: an Origin that is no URL
         raise _forged() from error
 
 
@@ -128,6 +128,18 @@ def _forged() -> Refusal:
 
 
 def _load(secret: str) -> Visitor | None:
+    """Who has this cookie. Every page asks, and the one that says what went wrong must not go wrong
+    in the same way."""
+    try:
+        return _visitor(secret)
+    except Exception:
+        if g.get("visitor_unknown") or request.routing_exception is not None:
+            return None
+        g.visitor_unknown = True
+        raise
+
+
+def _visitor(secret: str) -> Visitor | None:
     found, now = instance(), clock.now_ms()
     with found.db.reading() as tx:
         opened = sessions.by_cookie(tx, secret, now)

@@ -96,8 +96,8 @@ def by_cookie(tx: Tx, secret: str, now: int) -> Session | None:
 
 
 def is_due(session: Session, now: int) -> bool:
-    """Whether its use should be written down again."""
-    return now - session.last_seen_at >= _SEEN_EVERY_MS
+    """Whether its use should be written down again; always after the clock has stepped back."""
+    return not 0 <= now - session.last_seen_at < _SEEN_EVERY_MS
 
 
 def touch(tx: Tx, session_id: str, now: int) -> None:

@@ -1,8 +1,9 @@
 """`make bench`: what a metered call costs, beside the same call through bare Flask + urllib3.
 
-Rounds alternate between the two, because the machine drifts more than they differ; both run under
-gunicorn with the same settings and are sent the same body. Every answer must be a 2xx, and at the
-end the ledger must have captured exactly one credit for each. Exit code 0 only when all that holds.
+Metered twice: with an API key, and with a session token. Rounds alternate between all three,
+because the machine drifts more than they differ; both servers run under gunicorn with the same
+settings and are sent the same body. Every answer must be a 2xx, and at the end the ledger must have
+captured exactly one credit for each metered one. Exit code 0 only when all that holds.
 """
 
 import argparse
@@ -59,7 +60,7 @@ class BenchmarkFailed(Exception):
 
 @dataclass
 class Side:
-    """One of the two servers compared."""
+    """One way to make the call: which server, which credential."""
 
     name: str
     port: int
@@ -141,31 +142,31 @@ def measure(side: Side, connections: int, seconds: float) -> None:
     notes += [f"{result.lost} lost"] if result.lost else []
     notes += [f"{result.reconnects} reconnects"] if result.reconnects else []
     print(
-        f"  {side.name:<8} {result.throughput:6.0f} req/s   p50 {result.p50_ms:6.1f} ms   "
+        f"  {side.name:<14} {result.throughput:6.0f} req/s   p50 {result.p50_ms:6.1f} ms   "
         f"p99 {result.p99_ms:6.1f} ms   {', '.join(notes)}".rstrip(),
         flush=True,
     )
 
 
-def print_table(bare: Side, metered: Side) -> None:
-    """The medians of both sides, and the ratios of the rounds that ran next to each other."""
-
-    def ratios(figure: Callable[[Result], float]) -> list[float]:
-        pairs = zip(bare.results, metered.results, strict=True)
-        return sorted(figure(m) / figure(b) for b, m in pairs)
-
-    print(f"\n{'median of rounds':<18}{'req/s':>10}{'p50 ms':>10}{'p99 ms':>10}")
-    for side in (bare, metered):
+def print_table(bare: Side, *metered: Side) -> None:
+    """The medians of all sides, and the ratios of the rounds that ran next to each other."""
+    print(f"\n{'median of rounds':<24}{'req/s':>10}{'p50 ms':>10}{'p99 ms':>10}")
+    for side in (bare, *metered):
         rate = median(result.throughput for result in side.results)
         p50 = median(result.p50_ms for result in side.results)
         p99 = median(result.p99_ms for result in side.results)
-        print(f"{side.name:<18}{rate:>10.0f}{p50:>10.1f}{p99:>10.1f}")
-    print(f"\n{'farebox / bare':<18}{'min':>10}{'median':>10}{'max':>10}")
-    for name, values in (
-        ("throughput", ratios(lambda result: result.throughput)),
-        ("p99", ratios(lambda result: result.p99_ms)),
-    ):
-        print(f"{name:<18}{values[0]:>10.2f}{median(values):>10.2f}{values[-1]:>10.2f}")
+        print(f"{side.name:<24}{rate:>10.0f}{p50:>10.1f}{p99:>10.1f}")
+    print(f"\n{'beside bare':<24}{'min':>10}{'median':>10}{'max':>10}")
+    for side in metered:
+        _print_ratios(bare, side, "throughput", lambda result: result.throughput)
+        _print_ratios(bare, side, "p99", lambda result: result.p99_ms)
+
+
+def _print_ratios(bare: Side, side: Side, name: str, figure: Callable[[Result], float]) -> None:
+    pairs = zip(bare.results, side.results, strict=True)
+    values = sorted(figure(of_side) / figure(of_bare) for of_bare, of_side in pairs)
+    label = f"{side.name} {name}"
+    print(f"{label:<24}{values[0]:>10.2f}{median(values):>10.2f}{values[-1]:>10.2f}")
 
 
 def check_books(env: Mapping[str, str], paid_answers: int) -> None:
@@ -193,10 +194,14 @@ def compare(folder: Path, rounds: int, connections: int, seconds: float) -> None
     tool(env, "flask", "users", "add", WHO)
     tool(env, "flask", "credits", "grant", WHO, str(GRANT))
     key = tool(env, "flask", "keys", "add", WHO, "--name", "bench")
-    bearer = {"Authorization": f"Bearer {key}"}
+    token = tool(env, "flask", "tokens", "mint", WHO)
+
+    def paid_with(name: str, credential: str) -> Side:
+        bearer = {"Authorization": f"Bearer {credential}"}
+        return Side(name, farebox_port, post(farebox_port, ROUTE, BODY, bearer), [])
 
     bare = Side("bare", bare_port, post(bare_port, ROUTE, BODY), [])
-    metered = Side("farebox", farebox_port, post(farebox_port, ROUTE, BODY, bearer), [])
+    sides = [bare, paid_with("API key", key), paid_with("session token", token)]
     gunicorn = str(BIN / "gunicorn")
     farebox_command = [gunicorn, "-c", "gunicorn.conf.py"]
     bare_address = f"127.0.0.1:{bare_port}"
@@ -208,16 +213,17 @@ def compare(folder: Path, rounds: int, connections: int, seconds: float) -> None
         passing = servers.enter_context(running(bare_command, bare_env, folder / "bare.log"))
         metering = servers.enter_context(running(farebox_command, env, folder / "farebox.log"))
         first_answer(passing, bare_port, {})
-        first_answer(metering, farebox_port, bearer)
+        first_answer(metering, farebox_port, {"Authorization": f"Bearer {key}"})
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", flush=True)
             # Who goes first alternates too, so that neither side always meets the warmer machine.
-            for side in (bare, metered) if number % 2 == 0 else (metered, bare):
+            for side in sides if number % 2 == 0 else reversed(sides):
                 measure(side, connections, seconds)
-        print_table(bare, metered)
-        if not all(result.clean for result in bare.results + metered.results):
+        print_table(*sides)
+        if not all(result.clean for side in sides for result in side.results):
             raise BenchmarkFailed("not every request was answered with a 2xx")
-        check_books(env, 1 + sum(result.succeeded for result in metered.results))
+        paid = [result for side in sides[1:] for result in side.results]
+        check_books(env, 1 + sum(result.succeeded for result in paid))
 
 
 def stop(signum: int, frame: object) -> NoReturn:

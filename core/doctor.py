@@ -1,10 +1,12 @@
 """A look at an instance from inside: what works, what does not, what costs more than it brings."""
 
+import socket
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import apsw
 
+from config import Settings
 from core import clock, ledger, limits, upstream
 from core.adapters.sms import TWILIO_URL
 from core.errors import Refusal
@@ -21,7 +23,7 @@ class Finding(NamedTuple):
 
 
 def examine(instance: Instance) -> Iterator[Finding]:
-    """One finding a line: config, database, books, upstreams, prices."""
+    """One finding a line: config, database, books, upstreams, who vouches for people, prices."""
     settings = instance.settings
     routes = len(instance.catalog.routes)
     yield Finding("ok" if routes else "warn", f"config: {settings.folder}, {routes} routes")
@@ -31,8 +33,9 @@ def examine(instance: Instance) -> Iterator[Finding]:
             yield Finding("ok", f"upstream {name}: sandbox, answers by itself")
         else:
             url = section.base_url or TWILIO_URL
-            problem = upstream.reach(url, _PATIENCE_SECONDS)
+            problem = _reach(url)
             yield Finding("bad" if problem else "ok", f"upstream {name}: {problem or 'reachable'}")
+    yield from _people(settings)
     used = {route.upstream for route in settings.routes}
     for name in sorted(set(settings.upstreams) - used):
         yield Finding("warn", f"upstream {name}: no route uses it")
@@ -42,6 +45,29 @@ def examine(instance: Instance) -> Iterator[Finding]:
             yield Finding(
                 "warn", f"price {route.path}: costs ${route.cost_usd:f}, brings ${earned:f}"
             )
+
+
+def _people(settings: Settings) -> Iterator[Finding]:
+    """Whether those who vouch for people, and the mail server, can be reached."""
+    for issuer in settings.issuers:
+        problem = None if issuer.jwks_url is None else _reach(issuer.jwks_url)
+        told = "its key is here" if issuer.jwks_url is None else "reachable"
+        yield Finding("bad" if problem else "ok", f"issuer {issuer.issuer}: {problem or told}")
+    for name, provider in settings.oidc.items():
+        problem = _reach(provider.server_metadata_url)
+        yield Finding("bad" if problem else "ok", f"oidc {name}: {problem or 'reachable'}")
+    if settings.smtp is not None:
+        try:
+            with socket.create_connection(
+                (settings.smtp.host, settings.smtp.port), _PATIENCE_SECONDS
+            ):
+                yield Finding("ok", f"smtp {settings.smtp.host}: reachable")
+        except OSError as error:
+            yield Finding("bad", f"smtp {settings.smtp.host}: {error}")
+
+
+def _reach(url: str) -> str | None:
+    return upstream.reach(url, _PATIENCE_SECONDS)
 
 
 def _database(instance: Instance) -> Iterator[Finding]:

@@ -18,7 +18,8 @@ from browser import PASSWORD, Browser
 from conftest import StartFarebox
 from doubles import Twilio, Upstream, refused_port
 from inprocess import STRANGERS_KEY, Box, Clock
-from server import OPERATOR_KEY, TRACEBACK, Answer, Farebox
+from issuer import Issuer
+from server import OPERATOR_KEY, TRACEBACK, Answer, Farebox, free_port
 
 from core import backup as backups
 from core import clock, firstrun, ledger, links, tokens
@@ -604,6 +605,47 @@ credits = 1
         assert "a-token-of-twilio" not in done.output
     assert upstream.hits() == []
     assert twilio.hits() == []
+
+
+def test_the_doctor_tries_those_who_vouch_for_people_and_the_mail_server(tmp_path: Path) -> None:
+    dead = free_port()
+    with Issuer() as issuer:
+        config = f"""
+[[issuers]]
+issuer = "privy.io"
+audience = "app"
+jwks_url = "{issuer.jwks_url}"
+
+[[issuers]]
+issuer = "gone"
+audience = "app"
+jwks_url = "http://127.0.0.1:{dead}/jwks"
+
+[[issuers]]
+issuer = "by-file"
+audience = "app"
+pem_file = "their.pem"
+
+[oidc.away]
+server_metadata_url = "http://127.0.0.1:{dead}/.well-known/openid-configuration"
+client_id = "x"
+client_secret = "{PASSWORD}"
+
+[smtp]
+url = "smtp://127.0.0.1:{dead}"
+from = "farebox@example.com"
+"""
+        folder = tmp_path / "i"
+        folder.mkdir()
+        (folder / "their.pem").write_text(issuer.pem)
+        with Box(folder, config) as box:
+            done = box.cli("doctor")
+        lines = done.stdout.splitlines()
+        assert done.exit_code == 1
+        assert "ok    issuer privy.io: reachable" in lines
+        assert "ok    issuer by-file: its key is here" in lines
+        for name in ("issuer gone", "oidc away", "smtp 127.0.0.1"):
+            assert any(line.startswith(f"bad   {name}: ") for line in lines), (name, lines)
 
 
 def test_the_doctor_finds_books_that_do_not_add_up(tmp_path: Path) -> None:

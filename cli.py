@@ -180,6 +180,20 @@ def resume_user(who: str) -> None:
     write(lambda tx: users.resume(tx, users.of_who(tx, who), now, COMMAND_LINE))
 
 
+@users_group.command("operator")
+@click.argument("who")
+@click.option("--remove", is_flag=True, help="Not any more.")
+@plainly
+def make_operator(who: str, remove: bool) -> None:
+    """Let a person run this instance."""
+    now = clock.now_ms()
+
+    def work(tx: Tx) -> None:
+        users.set_operator(tx, users.of_who(tx, who), not remove, now, COMMAND_LINE)
+
+    write(work)
+
+
 @users_group.command("sign-out")
 @click.argument("who")
 @plainly
@@ -248,7 +262,7 @@ def mint_token(who: str) -> None:
         user = users.of_who(tx, who)
         if user.status != "active":
             raise Refusal("conflict", f"That user is {user.status}.")
-        return sessions.start(tx, user.id, Origin("cli"), now), user.account_id
+        return sessions.start(tx, user.id, Origin("cli"), now, by=COMMAND_LINE), user.account_id
 
     session, account_id = write(work)
     issued = session_tokens.mint(

@@ -40,8 +40,12 @@ class Origin(NamedTuple):
     expires_at: int | None = None  # when that token ends, and so the session
 
 
-def start(tx: Tx, user_id: str, origin: Origin, now: int, secret: str | None = None) -> Session:
-    """A new session; `secret` is what its cookie will hold, None for one without a cookie."""
+def start(
+    tx: Tx, user_id: str, origin: Origin, now: int, secret: str | None = None,
+    by: Actor | None = None,
+) -> Session:  # fmt: skip
+    """A new session; `secret` is what its cookie will hold, None for one without a cookie. `by` is
+    who starts it when that is not the person."""
     expires_at = now + LIFE_MS
     if origin.expires_at is not None:
         expires_at = min(expires_at, origin.expires_at)
@@ -66,7 +70,7 @@ def start(tx: Tx, user_id: str, origin: Origin, now: int, secret: str | None = N
         {"now": now, "user": user_id, "most": MOST, "id": session.id},
     )
     audit.note(
-        tx, Actor(user_id, origin.address), "session.started", now, _account(tx, user_id),
+        tx, by or Actor(user_id, origin.address), "session.started", now, _account(tx, user_id),
         session.id, method=origin.method,
     )  # fmt: skip
     return session

@@ -256,6 +256,8 @@ def reset_link(tx: Tx, user: User, now: int, by: Actor) -> str:
     """The token of a link to choose a new password. Raises `conflict` for who is not let in."""
     if user.status != "active":
         raise errors.Refusal("conflict", f"That user is {user.status}.")
+    if user.email is None:
+        raise errors.Refusal("conflict", "That user has no e-mail to sign in with.")
     audit.note(tx, by, "password.reset_link", now, user.account_id, user.id)
     return links.make(tx, "reset", user.account_id, now, user_id=user.id)
 
@@ -269,6 +271,17 @@ def set_password(tx: Tx, user_id: str, password_hash: str, now: int, by: Actor) 
     links.cancel(tx, now, user_id=user_id)
     sessions.end_all(tx, user_id, now, by)
     audit.note(tx, by, "password.changed", now, get(tx, user_id).account_id, user_id)
+
+
+def set_operator(tx: Tx, user: User, is_operator: bool, now: int, by: Actor) -> None:
+    """Let a person run the instance, or not any more. Raises `conflict` for one who is closed."""
+    changed = tx.run(
+        "UPDATE user SET is_operator = :operator WHERE id = :id AND status <> 'closed'",
+        {"id": user.id, "operator": int(is_operator)},
+    )
+    if not changed:
+        raise errors.Refusal("conflict", "That user is closed.")
+    audit.note(tx, by, "user.operator", now, user.account_id, user.id, operator=is_operator)
 
 
 def suspend(tx: Tx, user: User, reason: str | None, now: int, by: Actor) -> None:

@@ -806,7 +806,16 @@ def test_commands_work_while_it_serves(served: Farebox, tmp_path: Path) -> None:
 
 def test_every_command_of_the_contract_is_there(box: Box) -> None:
     wanted = {
-        "users": {"add", "list", "reset-link", "suspend", "resume", "sign-out", "close"},
+        "users": {
+            "add",
+            "list",
+            "reset-link",
+            "suspend",
+            "resume",
+            "sign-out",
+            "close",
+            "operator",
+        },  # fmt: skip
         "accounts": {"suspend", "resume", "close"},
         "tokens": {"mint", "rotate-key", "deny", "allow"},
         "keys": {"add", "list", "revoke", "suspend", "resume"},

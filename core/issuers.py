@@ -25,7 +25,7 @@ _FETCH_SECONDS = 5.0
 _LARGEST_SET = 256 * 1024
 # How long a request with an unknown key id waits for a fetch it has set off: an issuer that has
 # just changed keys may answer in time, and one that is down holds nobody up.
-_PATIENCE_SECONDS = 0.04
+_PATIENCE_SECONDS = 0.025
 _TYPES = (None, "jwt", "at+jwt")  # RFC 9068 for the last; never `logout+jwt`
 
 
@@ -73,7 +73,7 @@ class Issuers:
         email = claims.get("email") if claims.get("email_verified") is True else None
         return Outsider(
             section, str(subject), jti, checked_email(email),
-            token_id(section.issuer, jti, parsed.signed_part), ends,
+            token_id(section.issuer, str(subject), jti, parsed.signed_part), ends,
         )  # fmt: skip
 
     def refresh(self) -> None:
@@ -202,11 +202,17 @@ class KeySet:
             log.warning("the keys of %s could not be kept; they are fetched again", self._url)
 
 
-def token_id(issuer: str, jti: str | None, signed_part: bytes) -> str:
-    """What an outside token is known by here: its `jti` or, without one, what was signed."""
-    named = b"jti" if jti is not None else b"signed"
-    text = jti.encode() if jti is not None else signed_part
-    return "out_" + tokens.digest(issuer.encode(), named, text).hex()
+def token_id(issuer: str, subject: str, jti: str | None, signed_part: bytes) -> str:
+    """What an outside token is known by here: its `jti` or, without one, what was signed. The
+    subject counts too: an issuer that gives one `jti` twice makes nobody somebody else."""
+    if jti is not None:
+        return _beginning(issuer, jti) + tokens.digest(subject.encode())[:16].hex()
+    return "out_" + tokens.digest(issuer.encode(), b"signed", signed_part).hex()
+
+
+def _beginning(issuer: str, jti: str) -> str:
+    """How the ids of an issuer's tokens of that `jti` begin, whoever's they are."""
+    return "out_" + tokens.digest(issuer.encode(), b"jti", jti.encode()).hex() + "_"
 
 
 def take_in(tx: Tx, outsider: Outsider, is_open: bool, credits: int, now: int, client: str) -> None:
@@ -244,7 +250,8 @@ def deny(
     if jti is not None:
         session_tokens.end(tx, now, token_id=jti)
         for issuer in issuers:
-            session_tokens.end_outside(tx, token_id(issuer, jti, b""), now)
+            for ended in session_tokens.outside_beginning(tx, _beginning(issuer, jti)):
+                session_tokens.end_outside(tx, ended, now)
     else:
         for user_id in users.known_by_subject(tx, str(sub)):
             for ended in session_tokens.outside_of(tx, user_id):

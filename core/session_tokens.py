@@ -168,6 +168,15 @@ def outside_of(tx: Tx, user_id: str) -> list[str]:
     return [row[0] for row in rows]
 
 
+def outside_beginning(tx: Tx, beginning: str) -> list[str]:
+    """The ids of outside tokens that have not ended and whose ids begin so."""
+    rows = tx.rows(
+        "SELECT id FROM session_token WHERE id >= :beginning AND id < :after AND ended_at IS NULL",
+        {"beginning": beginning, "after": beginning + "~"},
+    )
+    return [row[0] for row in rows]
+
+
 # Ending
 
 

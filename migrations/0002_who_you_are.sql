@@ -80,10 +80,10 @@ CREATE INDEX one_time_link_of_membership ON one_time_link (membership_id)
 
 -- Keys are listed newest first by a number of their account's.
 ALTER TABLE api_key ADD COLUMN number BIGINT NOT NULL DEFAULT 0;
-UPDATE api_key SET number = (
-    SELECT COUNT(*) FROM api_key other WHERE other.account_id = api_key.account_id
-        AND (other.created_at < api_key.created_at
-            OR (other.created_at = api_key.created_at AND other.id <= api_key.id)));
+UPDATE api_key SET number = counted.number FROM (
+    SELECT id, ROW_NUMBER() OVER (PARTITION BY account_id ORDER BY created_at, id) AS number
+    FROM api_key
+) counted WHERE counted.id = api_key.id;
 DROP INDEX api_key_of_account;
 CREATE UNIQUE INDEX api_key_of_account ON api_key (account_id, number);
 CREATE INDEX api_key_of_user ON api_key (user_id) WHERE user_id IS NOT NULL;

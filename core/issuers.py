@@ -231,7 +231,8 @@ def take_in(tx: Tx, outsider: Outsider, is_open: bool, credits: int, now: int, c
     if user is None:
         if not (is_open or outsider.issuer.signup):
             raise Refusal("signup_closed", "This instance does not take in new people by itself.")
-        by = Actor(outsider.subject, client)
+        # Not the subject: an issuer could call somebody what the audit calls the operator.
+        by = Actor(f"issuer:{issuer}", client)
         user = users.first_seen(tx, issuer, outsider.subject, outsider.email, credits, now, by)
     session_tokens.admit(tx, outsider.token_id, user.id, user.account_id, outsider.expires_at)
 

@@ -11,7 +11,7 @@ from blueprints.visitors import check_csrf, local_path, sign_in, sign_out
 from core import clock, errors, links, mail, members, passwords, tokens, users
 from core.audit import Actor
 from core.errors import Refusal
-from core.limits import spend_rate
+from core.limits import Rate, spend_rate
 from core.links import Link
 from core.users import User
 from models import Tx
@@ -41,14 +41,13 @@ def login() -> BaseResponse:
         return _login_page(200, wish)
     typed = request.form.get("email", "").strip()
     try:
-        user = _with_password(typed.lower(), request.form.get("password", ""))
+        found = _with_password(typed.lower(), request.form.get("password", ""))
     except Refusal as refusal:
         answer = _login_page(refusal.kind.status, wish, typed, refusal.message)
         answer.headers.update(refusal.all_headers())
         return answer
-    if user is None:
+    if found is None or not sign_in(found[0], "password", found[1]):
         return _login_page(401, wish, typed, "E-mail or password is wrong.")
-    sign_in(user, "password")
     return redirect(wish or "/dashboard", 303)
 
 
@@ -56,8 +55,9 @@ def _login_page(status: int, wish: str, email: str = "", problem: str = "") -> R
     return page("auth/login.html", status, next=wish, email=email, problem=problem, **_ways())
 
 
-def _with_password(email: str, password: str) -> User | None:
-    """The user of that e-mail if the password is theirs; who does not exist takes as long.
+def _with_password(email: str, password: str) -> tuple[User, str | None] | None:
+    """The user of that e-mail, with the hash of their password, if that is what was typed; who does
+    not exist takes as long.
 
     Every attempt counts, by address and name together, so that nobody can lock a person out from
     elsewhere. Raises `rate_limited`.
@@ -65,11 +65,10 @@ def _with_password(email: str, password: str) -> User | None:
     client = client_address(request.environ)
     most = instance().settings.limits.failed_auth_per_minute
     name = tokens.digest(email.encode()).hex()
-    _throttle((f"password:{client}:{name}", most), (f"password:{client}", most * _NAMES_AT_ONCE))
+    _throttle((f"password:{client}", most * _NAMES_AT_ONCE), (f"password:{client}:{name}", most))
     with instance().db.reading() as tx:
         found = users.password_of(tx, email)
-    user, stored = found or (None, None)
-    return user if passwords.is_right(password, stored) else None
+    return found if passwords.is_right(password, found and found[1]) else None
 
 
 @blueprint.post("/logout")
@@ -239,11 +238,17 @@ def _ways() -> dict[str, object]:
 
 
 def _throttle(*limits: tuple[str, int]) -> None:
-    """Count one attempt under each name. Raises `rate_limited` past any limit a minute."""
+    """Count one attempt under each name, the widest first. Raises `rate_limited` past a limit a
+    minute; what comes after that one is not counted, so nobody fills the database with names."""
     now = clock.now_ms()
-    rates = instance().db.write(
-        lambda tx: [spend_rate(tx, subject, most, now) for subject, most in limits]
-    )
-    for rate in rates:
-        if rate.exceeded:
-            raise errors.rate_limited("Too many attempts. Wait a minute.", rate.reset_seconds)
+
+    def work(tx: Tx) -> Rate | None:
+        for subject, most in limits:
+            rate = spend_rate(tx, subject, most, now)
+            if rate.exceeded:
+                return rate
+        return None
+
+    exceeded = instance().db.write(work)
+    if exceeded is not None:
+        raise errors.rate_limited("Too many attempts. Wait a minute.", exceeded.reset_seconds)

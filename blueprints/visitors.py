@@ -68,18 +68,31 @@ def register(app: Flask) -> None:
     login.unauthorized_handler(_to_sign_in)
 
 
-def sign_in(user: User, method: str) -> None:
-    """Start a session for this browser, in place of any before. Raises `account_suspended`."""
-    if user.status != "active":
-        raise Refusal(
-            "account_suspended", "You have been suspended.", fields={"reason": user.status_reason}
-        )
-    sign_out()
+def sign_in(user: User, method: str, password_hash: str | None = None) -> bool:
+    """Start a session for this browser, in place of any before. `password_hash` is what a password
+    was found to satisfy; False when it has been replaced since. Raises `account_suspended`."""
     secret, now, how = tokens.new_secret(), clock.now_ms(), origin(method)
-    started = instance().db.write(
-        lambda tx: sessions.start(tx, user.id, how, now, secret), durable=True
-    )
+
+    def work(tx: Tx) -> Session | None:
+        # Asked again here: checking takes a while, and what ends all sign-ins ends this one too.
+        current = users.get(tx, user.id)
+        if current.status != "active":
+            raise Refusal(
+                "account_suspended", "You have been suspended.",
+                fields={"reason": current.status_reason},
+            )  # fmt: skip
+        if password_hash is not None:
+            found = users.password_of(tx, current.email or "")
+            if found is None or found[1] != password_hash:
+                return None
+        return sessions.start(tx, user.id, how, now, secret)
+
+    started = instance().db.write(work, durable=True)
+    if started is None:
+        return False
+    sign_out()
     login_user(Visitor(user, started, secret))
+    return True
 
 
 def sign_out() -> None:

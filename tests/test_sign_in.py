@@ -29,7 +29,7 @@ from flask_login import encode_cookie
 from inprocess import _CHEAP, HOST, STRANGERS_KEY, Background, Box, Clock
 from server import OPERATOR_KEY, TRACEBACK, Answer, Farebox, free_port, until
 
-from core import clock, errors, firstrun, keys, passwords, sessions, upkeep
+from core import clock, errors, firstrun, keys, passwords, upkeep
 from models import Database
 
 LIMIT = 5  # wrong passwords a minute, in these tests
@@ -480,6 +480,8 @@ def test_one_address_cannot_try_a_password_on_everybody(
         who = {"email": f"somebody{number}@example.com", "password": PASSWORD}
         found.append(guesser.post("/login", {"csrf_token": csrf} | who).status)
     assert found == [401] * LIMIT * NAMES + [429] * 10
+    names = fresh.row("SELECT COUNT(*) FROM rate_window WHERE subject LIKE 'password:%:%'")[0]
+    assert names == LIMIT * NAMES  # what is refused for its address is not written down
     assert is_signed_in(signed_in(fresh))
 
 
@@ -661,12 +663,12 @@ def test_the_fifty_first_sign_in_ends_the_oldest(
     hand, email = Clock(monkeypatch, NOON), person(fresh)
     bystander = signed_in(fresh)
     mine = []
-    for _ in range(sessions.MOST):
+    for _ in range(50):
         mine.append(signed_in(fresh, email))
         hand.forward(ms=1)
     assert is_signed_in(mine[0])
     mine.append(signed_in(fresh, email))
-    assert [is_signed_in(one) for one in mine] == [False] + [True] * sessions.MOST
+    assert [is_signed_in(one) for one in mine] == [False] + [True] * 50
     mine.append(signed_in(fresh, email))
     assert [is_signed_in(one) for one in mine[:3]] == [False, False, True]
     assert is_signed_in(mine[-1]) and is_signed_in(bystander)
@@ -1062,6 +1064,60 @@ def test_a_forgotten_password_is_replaced_by_a_link_that_is_mailed(
     assert browser(mailing).sign_in(email, PASSWORD).status == 401
     assert is_signed_in(visitor)
     assert browser(mailing).sign_in(email, OTHER).status == 303
+
+
+def test_of_many_who_follow_a_reset_link_at_once_one_has_followed_it(box: Box) -> None:
+    email = person(box)
+    token = token_of(said(box, "users", "reset-link", email))
+    crowd, typed = [browser(box) for _ in range(10)], [f"{OTHER} {n}" for n in range(10)]
+    fields = [
+        {"token": token, "csrf_token": one.csrf("/login"), "password": password}
+        for one, password in zip(crowd, typed, strict=True)
+    ]
+    answers = at_once(
+        [partial(one.post, "/reset", sent) for one, sent in zip(crowd, fields, strict=True)]
+    )
+    done = [answer.status == 303 for answer in answers]
+    assert done.count(True) == 1
+    assert [is_signed_in(one) for one in crowd] == done
+    assert [browser(box).sign_in(email, password).status == 303 for password in typed] == done
+
+
+def test_a_password_that_is_replaced_while_it_is_checked_lets_nobody_in(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    email = person(box)
+    link = f"/reset?token={token_of(said(box, 'users', 'reset-link', email))}"
+    owner, thief = browser(box), browser(box)
+    check = passwords.is_right
+
+    def meanwhile(password: str, stored: str | None) -> bool:
+        right = check(password, stored)
+        assert owner.submit(link, password=OTHER).status == 303
+        return right
+
+    csrf = thief.csrf("/login")
+    monkeypatch.setattr(passwords, "is_right", meanwhile)
+    page = thief.post("/login", {"csrf_token": csrf, "email": email, "password": PASSWORD})
+    assert (page.status, problem(page)) == (401, "E-mail or password is wrong.")
+    assert not is_signed_in(thief)
+    assert is_signed_in(owner)
+
+
+def test_a_person_who_is_suspended_while_signing_in_stays_out(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    email, me, check = person(box), browser(box), passwords.is_right
+
+    def meanwhile(password: str, stored: str | None) -> bool:
+        said(box, "users", "suspend", email)
+        return check(password, stored)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(passwords, "is_right", meanwhile)
+        refused(me.sign_in(email), 403, "account_suspended")
+    said(box, "users", "resume", email)
+    assert not is_signed_in(me)
 
 
 def test_who_asks_for_a_link_learns_nothing_about_anybody(mailing: Box, mail: Mail) -> None:

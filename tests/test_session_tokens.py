@@ -874,6 +874,47 @@ def test_no_request_sent_after_a_token_was_ended_is_served(
     server.books()
 
 
+def test_a_token_that_ends_between_its_reading_and_the_hold_spends_nothing(
+    box: Box, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    payer = box.payer()
+    spare = mint(box, payer)
+    user_id, session_id = claims_of(spare)["sub"], claims_of(spare)["sid"]
+    endings: dict[str, tuple[str, str]] = {
+        "token": ("UPDATE session_token SET ended_at = 1 WHERE id = :jti", "invalid_token"),
+        "session": ("UPDATE session SET ended_at = 1 WHERE id = :sid", "invalid_token"),
+        "person": ("UPDATE user SET status = 'suspended' WHERE id = :sub", "account_suspended"),
+        "account": (
+            "UPDATE account SET status = 'suspended' WHERE id = :acct",
+            "account_suspended",
+        ),
+        "membership": ("DELETE FROM membership WHERE account_id = :acct", "invalid_token"),
+    }
+    authorize = access.authorize
+    for name, (sql, code) in endings.items():
+        token = mint(box, payer)
+        claims = claims_of(token)
+        params = {key: claims[key] for key in ("jti", "sid", "sub", "acct") if f":{key}" in sql}
+
+        def end_it(
+            principal: access.Principal,
+            scope: str | None,
+            sql: str = sql,
+            params: dict[str, str] = params,
+        ) -> None:
+            authorize(principal, scope)
+            box.run(sql, **params)
+
+        with monkeypatch.context() as patched, Standstill(box, upstream):
+            patched.setattr(access, "authorize", end_it)
+            answer = paid(box, token)
+        assert answer.code == code, (name, answer.body)
+        box.run("UPDATE user SET status = 'active' WHERE id = :id", id=user_id)
+        box.run("UPDATE account SET status = 'active' WHERE id = :id", id=payer.account)
+    assert box.row("SELECT ended_at FROM session WHERE id = :id", id=session_id) == (None,)
+    assert box.standing(payer) == (100, 0)
+
+
 # The clock
 
 

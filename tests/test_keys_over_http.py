@@ -651,6 +651,7 @@ def test_a_rotated_out_secret_works_for_its_grace_and_no_longer(
     assert (echo(box, key["key"]), echo(box, new)) == ((200, None), (200, None))
     time.forward(ms=1)
     assert (echo(box, key["key"]), echo(box, new)) == ((401, "invalid_api_key"), (200, None))
+    assert told(box.get("/api/v1/account", key["key"])) == (401, "invalid_api_key")
 
 
 @pytest.mark.parametrize("body", [{}, {"grace_seconds": 0}], ids=str)
@@ -912,6 +913,10 @@ def suspend_person(box: Box, who: Person) -> None:
     assert box.cli("users", "suspend", who.email).exit_code == 0
 
 
+def suspend_without_signing_out(box: Box, who: Person) -> None:
+    box.run("UPDATE user SET status = 'suspended' WHERE id = :id", id=who.id)
+
+
 def remove(box: Box, who: Person) -> None:
     with box.instance.db.reading() as tx:
         member = members.get(tx, who.member_id, who.account)
@@ -929,6 +934,7 @@ def demote(box: Box, who: Person) -> None:
         (sign_out, (401, "invalid_token")),
         (revoke_token, (401, "invalid_token")),
         (suspend_person, (401, "invalid_token")),
+        (suspend_without_signing_out, (401, "invalid_token")),
         (remove, (401, "invalid_token")),
         (demote, (403, "forbidden")),
     ],

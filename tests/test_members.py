@@ -498,6 +498,15 @@ def test_a_members_limit_changes_at_once_and_does_not_start_its_count_anew(
     assert echo(box, back.token) == (200, None)
 
 
+def test_what_somebody_spends_in_one_account_does_not_count_in_another(
+    box: Box, home: House
+) -> None:
+    guest = joined(box, home.owner, credit_limit=3, credit_period="day")
+    elsewhere = joined(box, person(box, 100), guest, credit_limit=3, credit_period="day")
+    assert [echo(box, guest.token), echo(box, elsewhere.token)] == [(200, None)] * 2
+    assert [echo(box, guest.token), echo(box, elsewhere.token)] == [FULL] * 2
+
+
 @pytest.mark.parametrize(
     ("period", "start", "end"),
     [
@@ -558,6 +567,9 @@ def test_leaving_ends_the_tokens_for_that_account_and_no_others(box: Box) -> Non
     assert do(box, "list", "", at_home).status == 200
     answer = box.post("/api/v1/session-tokens", at_home, {"account": host.account})
     refused(answer, *UNKNOWN)
+    back = joined(box, host, guest)
+    assert do(box, "list", "", back.token).status == 200
+    refused(do(box, "list", "", guest.token), 401, "invalid_token")  # what ended stays ended
 
 
 # Between asking and acting.

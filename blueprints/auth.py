@@ -11,7 +11,7 @@ from blueprints.visitors import check_csrf, local_path, sign_in, sign_out
 from core import clock, errors, links, mail, members, passwords, tokens, users
 from core.audit import Actor
 from core.errors import Refusal
-from core.limits import Rate, spend_rate
+from core.limits import Rate, network_of, spend_rate
 from core.links import Link
 from core.users import User
 from models import Tx
@@ -62,7 +62,7 @@ def _with_password(email: str, password: str) -> tuple[User, str | None] | None:
     Every attempt counts, by address and name together, so that nobody can lock a person out from
     elsewhere. Raises `rate_limited`.
     """
-    client = client_address(request.environ)
+    client = network_of(client_address(request.environ))
     most = instance().settings.limits.failed_auth_per_minute
     name = tokens.digest(email.encode()).hex()
     _throttle((f"password:{client}", most * _NAMES_AT_ONCE), (f"password:{client}:{name}", most))
@@ -85,7 +85,7 @@ def signup() -> BaseResponse:
     if request.method == "GET":
         return _form("signup")
     client, credits = client_address(request.environ), instance().settings.instance.signup_credits
-    _throttle((f"signup:{client}", instance().settings.limits.failed_auth_per_minute))
+    _throttle((f"signup:{network_of(client)}", instance().settings.limits.failed_auth_per_minute))
 
     def work(tx: Tx, email: str, hashed: str, now: int) -> User:
         return users.sign_up(tx, email, hashed, credits, now, Actor(email, client))
@@ -138,7 +138,7 @@ def forgot() -> BaseResponse:
         return page("auth/forgot.html", has_mail=smtp is not None)
     email, client = request.form.get("email", "").strip().lower(), client_address(request.environ)
     name = tokens.digest(email.encode()).hex()
-    _throttle((f"forgot:{client}", 10), (f"forgot:{name}", 3))
+    _throttle((f"forgot:{network_of(client)}", 10), (f"forgot:{name}", 3))
     now = clock.now_ms()
 
     def work(tx: Tx) -> str | None:

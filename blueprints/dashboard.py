@@ -6,7 +6,7 @@ from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints.rendering import instance, page
 from blueprints.visitors import check_csrf, sign_out
-from core import clock, errors, ledger, members, session_tokens, sessions, users
+from core import access, clock, errors, ledger, members, session_tokens, sessions, users
 from core.session_tokens import Issued
 from models import Tx
 
@@ -25,6 +25,7 @@ def home() -> Response:
 def reveal() -> Response:
     """A fresh session token, shown on the page that asked for it."""
     found, visitor = instance(), current_user
+    access.count_reading(found, visitor.user.account_id)
     account_id = request.form.get("account") or visitor.user.account_id
     issued = session_tokens.mint(
         found.db, found.signing_keys, found.settings.public_url, visitor.session, account_id,

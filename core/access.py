@@ -97,7 +97,7 @@ def _by_key(instance: Instance, token: str, client: str) -> Principal:
     if status in ("revoked", "expired"):
         raise errors.invalid_api_key()
     if not instance.verifier.remembers(token, stored):
-        _verify(instance, token, stored, f"auth:{client}:{lookup}", now)
+        _verify(instance, token, stored, f"auth:{limits.network_of(client)}:{lookup}", now)
     if status == "suspended" or key.user_status == "suspended":
         reason = key.status_reason if status == "suspended" else key.user_reason
         raise errors.Refusal(

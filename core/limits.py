@@ -1,5 +1,6 @@
 """Rates per minute and credit limits per period: two counters, shared by all workers."""
 
+from ipaddress import ip_address, ip_network
 from typing import NamedTuple
 
 from core import clock, errors
@@ -64,6 +65,18 @@ def look_at_rate(db: Database, subject: str, limit: int, now: int) -> Rate:
 def _rate(used: int, limit: int, now: int) -> Rate:
     reset = clock.MINUTE_MS - now % clock.MINUTE_MS
     return Rate(limit, max(0, limit - used), -(-reset // 1000), used > limit)
+
+
+def network_of(address: str) -> str:
+    """What a client that guesses is counted under: its address or, of IPv6, the network of 2^64
+    addresses that is one customer's (RFC 6177)."""
+    try:
+        found = ip_address(address)
+    except ValueError:
+        return address
+    if found.version == 4:
+        return address
+    return str(found.ipv4_mapped or ip_network((int(found) >> 64 << 64, 64)))
 
 
 def spend_credits(tx: Tx, limit: CreditLimit, credits: int, now: int) -> int | errors.Refusal:

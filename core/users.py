@@ -10,7 +10,8 @@ from core.ledger import OPERATOR_ACCOUNT
 from models import Tx
 
 PRIVY = "privy.io"
-_EMAIL = re.compile(r"[^\s@<>()\[\],;:\\\"]{1,64}@[A-Za-z0-9.-]{1,190}")
+# RFC 5322's dot-atom, without what a mail program would decode into another name (RFC 2047).
+_EMAIL = re.compile(r"(?!.*=\?)[A-Za-z0-9.!#$%&'*+/=?^_`{|}~-]{1,64}@[A-Za-z0-9.-]{1,190}")
 _COLUMNS = "id, email, is_operator, status, status_reason, account_id, created_at"
 
 
@@ -29,7 +30,7 @@ class User:
 
 def checked_email(text: str) -> str:
     """The address in lower case. Raises `validation_error`."""
-    if not _EMAIL.fullmatch(text) or not text.isprintable():
+    if not _EMAIL.fullmatch(text):
         raise errors.invalid_body("That is not an e-mail address.", "email")
     return text.lower()
 

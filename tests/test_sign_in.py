@@ -469,6 +469,22 @@ def test_guessing_one_persons_password_is_throttled_without_locking_them_out(
     assert guess(PASSWORD).status == 303
 
 
+def test_a_customers_ipv6_network_guesses_as_one(
+    fresh: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Clock(monkeypatch, NOON)
+    email = person(fresh)
+
+    def guess(client: str) -> int:
+        guesser = Browser(fresh, client=client)
+        return guesser.submit("/login", email=email, password=OTHER).status
+
+    found = [guess(f"2001:db8:0:1::{number:x}") for number in range(1, LIMIT + 2)]
+    assert found == [401] * LIMIT + [429]
+    assert guess("2001:db8:0:2::1") == 401
+    assert guess("::ffff:192.0.2.1") == guess("192.0.2.1") == 401
+
+
 def test_one_address_cannot_try_a_password_on_everybody(
     fresh: Box, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -959,6 +975,8 @@ def test_an_address_that_is_taken_is_told_on_the_page(box: Box) -> None:
         "a\x00@example.com",
         "a\u202e@example.com",
         "x" * 300 + "@example.com",
+        "=?utf-8?q?a=0aBcc=3aevil=40x?=@example.com",  # a mail program would decode it
+        "é@example.com",
     ],
 )
 def test_what_is_no_address_is_told_on_the_page(box: Box, typed: str) -> None:

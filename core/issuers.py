@@ -123,7 +123,7 @@ class KeySet:
         and nobody has just tried. Waits for a fetch no longer than `patience_seconds`."""
         now = clock.now_ms()
         last = self._load()
-        if last is not None and now - every_ms < last <= now:
+        if last is not None and abs(now - last) < every_ms:
             return
         with self._mutex:
             if self._fetching is None or not self._fetching.is_alive():
@@ -153,15 +153,20 @@ class KeySet:
         return int(row[1])
 
     def _claim(self, now: int) -> bool:
-        """Whether this process may fetch now. One does, of all workers; a clock that has stepped
-        back is no reason to wait for a day."""
+        """Whether this process may fetch now. One does, of all workers, whose `now` may be a moment
+        before another's; a clock that has stepped back is no reason to wait for a day."""
 
         def work(tx: Tx) -> int:
             return tx.run(
                 "INSERT INTO issuer_keys (url, attempted_at) VALUES (:url, :now)"
                 " ON CONFLICT (url) DO UPDATE SET attempted_at = :now"
-                " WHERE issuer_keys.attempted_at <= :before OR issuer_keys.attempted_at > :now",
-                {"url": self._url, "now": now, "before": now - FETCH_AT_MOST_EVERY_MS},
+                " WHERE issuer_keys.attempted_at <= :before OR issuer_keys.attempted_at > :after",
+                {
+                    "url": self._url,
+                    "now": now,
+                    "before": now - FETCH_AT_MOST_EVERY_MS,
+                    "after": now + FETCH_AT_MOST_EVERY_MS,
+                },
             )
 
         return bool(self._db.write(work))

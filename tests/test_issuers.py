@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import pytest
 from bearers import (
@@ -53,7 +54,7 @@ from server import Answer, Farebox, until
 from core import access, issuers, jose, upkeep
 from core.errors import Refusal
 
-FUZZED = 20_000 if os.environ.get("FAREBOX_TORTURE") == "1" else 300
+FUZZED = 20_000 if os.environ.get("FAREBOX_TORTURE") == "1" else 150
 SIGNUP_CREDITS = 7
 OK = {Said(200, None)}
 REFUSED = {Said(401, "invalid_token")}
@@ -506,14 +507,31 @@ def test_a_key_set_that_is_none_leaves_the_known_keys(
     until(lambda: account(box, fickle.token()).status == 200, 10, "the keys are known")
     settled()
     spoil(fickle, fault)
+    old = fickle.kid
+    fickle.rotate()
     before = fickle.fetches
     box.instance.issuers.refresh()
     settled()
     assert fickle.fetches == before + 1
     assert fickle.elsewhere_fetches == 0, "a redirect is not followed"
-    assert account(box, fickle.token(somebody())).status == 200
-    again = open_box()
-    assert account(again, fickle.token(somebody())).status == 200
+    for known in (box, open_box()):
+        assert account(known, fickle.token(somebody(), kid=old)).status == 200
+        new = fickle.token(somebody())
+        assert refused_well(new, account(known, new)), "nor is anything of it taken"
+
+
+def test_keys_that_come_with_an_error_are_none(
+    fickle: Issuer, tmp_path: Path, upstream_server: Upstream, upstream: Upstream
+) -> None:
+    for status, code in ((500, "overloaded"), (404, "overloaded"), (200, None)):
+        body = quote(json.dumps(fickle.jwks()))
+        url = f"{upstream_server.url}/status/{status}?body={body}"
+        listed = section(fickle).replace(fickle.jwks_url, url)
+        with Box(tmp_path / str(status), config(upstream_server, listed)) as box:
+            account(box, fickle.token())
+            settled()
+            assert len(upstream.hits(f"/status/{status}")) == 1
+            assert account(box, fickle.token()).code == code
 
 
 def test_a_new_key_is_taken_within_moments_and_a_dropped_one_no_longer(
@@ -591,6 +609,15 @@ def test_keys_are_fetched_once_for_all_workers(
     assert [status for some in answers for status in some] == [401] * 1000
     assert live_issuer.fetches == fetches + 1
     assert workers.say(token) == OK
+
+
+def test_workers_that_look_at_the_same_moment_fetch_once(fickle: Issuer, open_box: OpenBox) -> None:
+    boxes = [open_box() for _ in range(4)]
+    for fetches in range(1, 26):
+        boxes[0].run("UPDATE issuer_keys SET attempted_at = attempted_at - 600000")
+        at_once(4, lambda n: boxes[n].instance.issuers.refresh())
+        settled()
+        assert fickle.fetches == fetches
 
 
 @pytest.mark.parametrize("fault", ["stopped", "hang", "drip", "ok"])
@@ -753,6 +780,23 @@ def test_a_clock_that_steps_back_a_day_revives_no_outside_token(
         frozen.forward(seconds=-day)
         upkeep.tidy(box.instance)
     settled()
+
+
+def test_a_clock_that_steps_back_a_day_stops_no_key_from_being_fetched(
+    fickle: Issuer, open_box: OpenBox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen = Clock(monkeypatch, "2027-03-17T12:00:30Z")
+    box = open_box()
+
+    def token() -> str:
+        return fickle.token(iat=frozen.now // 1000, exp=frozen.now // 1000 + 60)
+
+    until(lambda: account(box, token()).status == 200, 10, "the keys are known")
+    settled()
+    fickle.rotate()
+    assert refused_well(token(), account(box, token())), "not twice within a minute"
+    frozen.forward(days=-1)
+    until(lambda: account(box, token()).status == 200, 10, "the new key is known")
 
 
 # From a page

@@ -16,6 +16,7 @@ from authlib.integrations.requests_client import OAuth2Session
 from requests.adapters import BaseAdapter
 from requests.structures import CaseInsensitiveDict
 
+from config.sections import is_loopback
 from core import clock, jose
 from core.errors import Refusal
 from core.upstream import Outbound, Wires
@@ -190,9 +191,12 @@ def _words(document: dict[str, Any], name: str, usual: str) -> list[Any]:
 
 
 def _is_as_safe_as(url: str, address: str) -> bool:
-    """Nobody on the way reads what is sent there: plain http only where the provider itself is on
-    loopback, and then all of it is."""
-    return urlsplit(address).scheme in ("https", urlsplit(url).scheme)
+    """Nobody on the way reads what is sent there: plain http only on loopback, and only where the
+    provider itself is."""
+    parts = urlsplit(address)
+    if parts.scheme == "http":
+        return url.startswith("http://") and is_loopback(parts.hostname or "")
+    return parts.scheme == "https"
 
 
 def _basic(client_id: str, secret: str) -> Sign:

@@ -972,6 +972,8 @@ def test_forged_id_tokens_are_refused(open_box: Box, liar: Liar) -> None:
         {"authorization_endpoint": ["http://127.0.0.1/"]},
         {"token_endpoint": None},
         {"token_endpoint": "file:///etc/passwd"},
+        {"token_endpoint": "http://192.0.2.1/token"},
+        {"token_endpoint": "http://[::1/token"},
         {"jwks_uri": None},
         {"jwks_uri": "gopher://127.0.0.1/"},
         {"id_token_signing_alg_values_supported": ["none", "HS256"]},

@@ -252,6 +252,8 @@ def test_each_command_leaves_one_entry(box: Box) -> None:
         (("users", "sign-out", email), "session.all_ended", user_id, {"count": 1}),
         (("users", "suspend", email, "--reason", "r"), "user.suspended", user_id, {"reason": "r"}),
         (("users", "resume", email), "user.resumed", user_id, None),
+        (("users", "operator", email), "user.operator", user_id, {"operator": True}),
+        (("users", "operator", email, "--remove"), "user.operator", user_id, {"operator": False}),
         (("accounts", "suspend", email, "--reason", "r"), "account.suspended", account,
          {"reason": "r"}),
         (("accounts", "resume", email), "account.resumed", account, None),
@@ -629,6 +631,16 @@ def test_closing_a_person_ends_all_they_had_but_the_books(box: Box) -> None:
     assert run(box, "ledger", "verify").startswith("ok: ")
     names = run(box, "users", "list").splitlines()
     assert f"{who.id} {who.account} closed" in names
+
+
+def test_running_the_instance_is_given_and_taken_back_at_once(box: Box) -> None:
+    who = person(box)
+    for words, status in (((), 403), (("operator",), 200), (("operator", "--remove"), 403)):
+        if words:
+            run(box, "users", *words, who.email)
+        assert box.get(f"{AUDIT}?account=all", who.token).status == status
+    run(box, "users", "close", who.email)
+    fails(box, "users", "operator", who.account)
 
 
 def test_nobody_is_closed_while_others_are_members_of_their_account(box: Box) -> None:

@@ -791,7 +791,9 @@ def test_the_days_of_a_summary_are_utc_and_in_order(box: Box) -> None:
     assert days(f"?from={east}&to={west}") == [("2026-03-01", 2)]
     assert days("?from=2026-02-28T23:59:59.999Z&to=2026-03-01") == [("2026-02-28", 1)]
     assert days("?from=2025-03-01&to=2026-03-02") == everything[:3]  # 366 days
-    assert days("") == []  # the last thirty days
+    assert days("") == []  # the last thirty days, as wherever only the end is named
+    assert days("?to=2026-03-30T23:59:59.999Z") == everything[1:]
+    assert days("?to=2026-03-31") == everything[2:]
 
 
 @pytest.mark.parametrize(

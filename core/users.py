@@ -318,8 +318,8 @@ def close(tx: Tx, user: User, now: int, by: Actor) -> None:
     """
     if user.status == "closed":
         raise errors.Refusal("conflict", "That user is closed already.")
-    others = [m for m in members.of_account(tx, user.account_id) if m.user_id != user.id]
-    if others:
+    here = members.of_account(tx, user.account_id)
+    if any(member.user_id not in (None, user.id) for member in here):
         raise errors.Refusal("conflict", "Others are members of their account; remove them first.")
     sessions.end_all(tx, user.id, now, by)
     if ledger.status_of(tx, user.account_id) != "closed":
@@ -337,11 +337,15 @@ def close(tx: Tx, user: User, now: int, by: Actor) -> None:
 
 
 def close_account(tx: Tx, account_id: str, now: int, by: Actor) -> None:
-    """End an account for good: its keys are revoked, its tokens ended. Its balance stays recorded.
+    """End an account for good: its keys are revoked, its tokens ended, its invitations taken back.
+    Its balance stays recorded.
 
     Raises `not_found`, `conflict`.
     """
     ledger.close_account(tx, account_id, now, by)
+    for member in members.of_account(tx, account_id):
+        if member.user_id is None:
+            members.remove(tx, member, now, by)
     keys.revoke_all(tx, now, by, account_id=account_id)
     session_tokens.end(tx, now, account_id=account_id)
 

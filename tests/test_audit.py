@@ -633,6 +633,18 @@ def test_closing_a_person_ends_all_they_had_but_the_books(box: Box) -> None:
     assert f"{who.id} {who.account} closed" in names
 
 
+@pytest.mark.parametrize("what", ["accounts", "users"])
+def test_closing_takes_invitations_back(box: Box, what: str) -> None:
+    host = person(box)
+    shown, link = invited(box, host, f"late{next(_numbers)}@example.net")
+    assert Browser(box).get(f"/invite?token={link}").status == 200
+    actions = [entry[2] for entry in since(box, lambda: run(box, what, "close", host.email))]
+    assert actions.count("member.removed") == (1 if what == "accounts" else 2)
+    assert Browser(box).get(f"/invite?token={link}").status == 404
+    with box.instance.db.reading() as tx:
+        assert tx.row("SELECT 1 FROM membership WHERE id = :id", {"id": shown["id"]}) is None
+
+
 def test_running_the_instance_is_given_and_taken_back_at_once(box: Box) -> None:
     who = person(box)
     for words, status in (((), 403), (("operator",), 200), (("operator", "--remove"), 403)):

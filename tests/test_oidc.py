@@ -1064,7 +1064,7 @@ def test_a_provider_in_trouble_is_a_page_and_a_line_in_the_log(
     began = time.monotonic()
     with nobody_made(liars_box):
         refused(browser, browser.get(callback or "/oidc/liar"))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
     assert len(warnings(caplog)) == 1
     assert liar.sent < 16 << 20
     assert "/elsewhere" not in [asked[0] for asked in liar.asked]
@@ -1164,7 +1164,7 @@ def test_providers_that_hang_hold_only_a_few_at_a_time(
     until(lambda: len(liar.asked) == 8, what="eight wait for the provider")
     began = time.monotonic()
     answer = Browser(liars_box).get("/oidc/liar")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     is_page(answer, 503)
     assert answer.headers["Retry-After"] == "1"
     liar.reset()

@@ -85,4 +85,6 @@ def _finish(response: Response) -> Response:
     headers.update(cors.sharing(instance, environ))
     headers.update(environ.get("farebox.rate_headers", {}))
     headers.setdefault("Cache-Control", "no-store")
+    if response.status_code == 204:
+        headers.pop("Content-Type", None)
     return response

@@ -248,7 +248,7 @@ class Database:
                     connection.execute(f"PRAGMA user_version = {number}")
                     astray = connection.execute("PRAGMA foreign_key_check").fetchall()
                     if astray:
-                        raise RuntimeError(f"{step.name} left rows without their parents: {astray}")
+                        raise apsw.ConstraintError(f"{step.name} leaves rows astray: {astray}")
         finally:
             connection.close()
             fcntl.flock(self._lock, fcntl.LOCK_UN)

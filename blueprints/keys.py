@@ -3,7 +3,7 @@
 import msgspec
 from flask import Blueprint, Response
 
-from blueprints.api import act, body, manager, page, timestamp, window
+from blueprints.api import act, manager, managing, named, page, timestamp, window
 from blueprints.rendering import instance, json_response
 from core import clock, keys
 from core.audit import Actor
@@ -61,7 +61,7 @@ def every() -> Response:
 
 @blueprint.post("")
 def create() -> Response:
-    principal, wish = manager(), body(_NewKey)
+    principal, wish = managing(_NewKey)
     expires_at = timestamp(wish.expires_at, "expires_at")
     terms = Terms(
         wish.name, wish.scopes, expires_at, wish.credit_limit, wish.credit_period, wish.rate_limit
@@ -86,19 +86,15 @@ def one(key_id: str) -> Response:
 
 @blueprint.patch("/<key_id>")
 def change(key_id: str) -> Response:
-    """New terms. Changing a limit does not start its count anew."""
-    principal, changes = manager(), body(_Changes)
-    named = {
-        name: value
-        for name, value in msgspec.structs.asdict(changes).items()
-        if value is not msgspec.UNSET
-    }
-    if "expires_at" in named:
-        named["expires_at"] = timestamp(named["expires_at"], "expires_at")
+    """New terms. A limit of the same period goes on with its count."""
+    principal, changes = managing(_Changes)
+    wanted = named(changes)
+    if "expires_at" in wanted:
+        wanted["expires_at"] = timestamp(wanted["expires_at"], "expires_at")
 
     def work(tx: Tx, bearer: Bearer, by: Actor, now: int) -> Key:
         key = keys.owned(tx, key_id, bearer)
-        keys.change(tx, key, named, now, by)
+        keys.change(tx, key, wanted, now, by)
         return keys.get(tx, key_id)
 
     return _shown(act(principal, work))
@@ -116,7 +112,7 @@ def revoke(key_id: str) -> Response:
 @blueprint.post("/<key_id>/rotate")
 def rotate(key_id: str) -> Response:
     """A new secret; the old one works for `grace_seconds`."""
-    principal, wish = manager(), body(_Rotation)
+    principal, wish = managing(_Rotation)
     keys.check_grace(wish.grace_seconds * 1000)
     secret = NewSecret(instance().settings.instance.key_prefix)
 
@@ -130,7 +126,7 @@ def rotate(key_id: str) -> Response:
 
 @blueprint.post("/<key_id>/suspend")
 def suspend(key_id: str) -> Response:
-    principal, wish = manager(), body(_Suspension)
+    principal, wish = managing(_Suspension)
     keys.check_reason(wish.reason)
 
     def work(tx: Tx, bearer: Bearer, by: Actor, now: int) -> Key:
@@ -142,7 +138,7 @@ def suspend(key_id: str) -> Response:
 
 @blueprint.post("/<key_id>/resume")
 def resume(key_id: str) -> Response:
-    principal, _ = manager(), body(_Nothing)
+    principal, _ = managing(_Nothing)
 
     def work(tx: Tx, bearer: Bearer, by: Actor, now: int) -> Key:
         keys.resume(tx, keys.owned(tx, key_id, bearer).id, now, by)

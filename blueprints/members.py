@@ -3,7 +3,7 @@
 import msgspec
 from flask import Blueprint, Response
 
-from blueprints.api import act, body, manager, require_owner
+from blueprints.api import act, manager, managing, named, require_owner
 from blueprints.rendering import instance, json_response
 from core import mail, members, users
 from core.audit import Actor
@@ -42,7 +42,7 @@ def every() -> Response:
 @blueprint.post("")
 def invite() -> Response:
     """Invite somebody by a link that works once, shown here and mailed if there is a server."""
-    principal, wish = manager(), body(_Invitation)
+    principal, wish = managing(_Invitation)
     terms = Terms(wish.role, wish.credit_limit, wish.credit_period)
 
     def work(tx: Tx, bearer: Bearer, by: Actor, now: int) -> tuple[Member, str, str | None]:
@@ -62,17 +62,14 @@ def invite() -> Response:
 
 @blueprint.patch("/<member_id>")
 def change(member_id: str) -> Response:
-    principal, changes = manager(), body(_Changes)
-    named = {
-        name: value
-        for name, value in msgspec.structs.asdict(changes).items()
-        if value is not msgspec.UNSET
-    }
+    principal, changes = managing(_Changes)
 
     def work(tx: Tx, bearer: Bearer, by: Actor, now: int) -> Member:
         member = members.get(tx, member_id, bearer.account_id)
         require_owner(bearer)
-        terms = Terms(member.role, member.credit_limit, member.credit_period)._replace(**named)
+        terms = Terms(member.role, member.credit_limit, member.credit_period)._replace(
+            **named(changes)
+        )
         return members.change(tx, member, terms, now, by)
 
     return json_response(act(principal, work).to_json())

@@ -4,7 +4,7 @@ import msgspec
 from flask import Blueprint, Response, request
 from flask_login import current_user
 
-from blueprints.api import body, manager
+from blueprints.api import manager, parsed, raw_body
 from blueprints.rendering import client_address, instance, json_response
 from blueprints.visitors import check_csrf, origin
 from core import access, clock, session_tokens, sessions
@@ -24,14 +24,15 @@ class _Wish(msgspec.Struct, forbid_unknown_fields=True):
 @blueprint.post("/api/v1/session-tokens")
 def mint() -> Response:
     """A fresh token of the same session, for the account that is named, or the same as before."""
+    raw = raw_body()
     if "Authorization" in request.headers:
         bearer = manager().bearer
         assert bearer is not None  # `manager` let nobody else in
-        wish, account_id = body(_Wish), bearer.account_id
+        wish, account_id = parsed(raw, _Wish), bearer.account_id
         session = _session_of(bearer)
     elif current_user.is_authenticated:
         check_csrf()
-        wish, account_id = body(_Wish), current_user.user.account_id
+        wish, account_id = parsed(raw, _Wish), current_user.user.account_id
         session = current_user.session
         access.count_reading(instance(), account_id)
     else:

@@ -136,12 +136,7 @@ def _by_session_token(instance: Instance, token: str, client: str) -> Principal:
         bearer = _bearer(instance, token_id, now) or _take_in(instance, outsider, now, client)
     if bearer is None:
         raise errors.invalid_token()
-    for status, reason in (
-        (bearer.user_status, bearer.user_reason),
-        (bearer.account_status, bearer.account_reason),
-    ):
-        if status != "active":
-            raise account_suspended(reason)
+    _require_active(bearer)
     return Principal(
         "session",
         bearer.account_id,
@@ -241,9 +236,18 @@ def reassert(tx: Tx, principal: Principal) -> Bearer:
     """Who acts, asked again in the transaction that acts: whoever was signed out, removed or
     demoted since the request came in changes nothing any more. Raises `invalid_token`."""
     assert principal.bearer is not None  # `read` let nobody else manage
-    if tx.row(f"SELECT 1 WHERE {principal.guard.sql}", principal.guard.params) is None:
-        raise errors.invalid_token()
     found = session_tokens.find(tx, principal.bearer.token_id, clock.now_ms())
     if found is None:
         raise errors.invalid_token()
+    _require_active(found)
     return found
+
+
+def _require_active(bearer: Bearer) -> None:
+    """Raises `account_suspended`, for the person or for the account."""
+    for status, reason in (
+        (bearer.user_status, bearer.user_reason),
+        (bearer.account_status, bearer.account_reason),
+    ):
+        if status != "active":
+            raise account_suspended(reason)

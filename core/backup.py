@@ -24,13 +24,14 @@ class BackupError(Exception):
     """A backup or restore that did not happen, and why; nothing was changed."""
 
 
+def _is_saved(name: str) -> bool:
+    """Whether a file belongs to an instance besides its database: config, secrets, PEM files."""
+    known = name in (FILE_NAME, "secret_key", signing.FILE_NAME) or name.endswith(".pem")
+    return known and not name.startswith(".")
+
+
 def _small_files(folder: Path) -> list[Path]:
-    """What belongs to an instance besides its database: the config, the secrets, PEM files."""
-    return sorted(
-        path for path in folder.iterdir()
-        if path.is_file() and not path.name.startswith(".")
-        and (path.name in (FILE_NAME, "secret_key", signing.FILE_NAME) or path.suffix == ".pem")
-    )  # fmt: skip
+    return sorted(path for path in folder.iterdir() if path.is_file() and _is_saved(path.name))
 
 
 def verify_copy(path: Path) -> str | None:
@@ -123,10 +124,8 @@ def _extract(source: Path, target: Path) -> None:
         with tarfile.open(source, "r:") as archive:
             for member in archive:
                 name = member.name
-                known = name in (DATABASE, FILE_NAME, "secret_key", MANIFEST) or name.endswith(
-                    ".pem"
-                )
-                if not member.isfile() or not known or "/" in name or name.startswith("."):
+                known = name in (DATABASE, MANIFEST) or _is_saved(name)
+                if not member.isfile() or not known or "/" in name:
                     raise BackupError(f"{source} holds {name!r}, which no backup does")
                 if name != DATABASE and member.size > _LARGEST_SMALL_FILE:
                     raise BackupError(f"{name} in {source} is too large")

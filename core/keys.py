@@ -32,6 +32,7 @@ LAST_USED_EVERY_MS = 5 * clock.MINUTE_MS
 
 _REMEMBERED = 10_000
 _VERIFICATIONS = 2  # at once in this process; each fills a core
+_making = threading.BoundedSemaphore(2)  # likewise, of new keys
 _PATIENCE_SECONDS = 2.0
 _SCOPE = re.compile(r"[a-z0-9][A-Za-z0-9._:/*-]{0,99}")
 _COLUMNS = (
@@ -174,7 +175,8 @@ class NewSecret:
     def __init__(self, prefix: str) -> None:
         self.token, self.lookup = tokens.new_key(prefix)
         self.start = self.token[: -(tokens.SECRET_LENGTH + tokens.CHECKSUM_LENGTH)]
-        self.hash = HASHER.hash(self.token)
+        with _making:
+            self.hash = HASHER.hash(self.token)
 
 
 def add(
@@ -290,16 +292,16 @@ def change(tx: Tx, key: Key, changes: dict[str, Any], now: int, by: Actor) -> No
     """Other `Terms` for a key, those that are named. Raises `validation_error`, and `conflict` for
     a revoked or expired key."""
     terms, key_id = replace(key.terms, **changes), key.id
-    if key.status_at(now) in ("active", "suspended"):
-        terms.check(now)
-    changed = tx.run(
+    if key.status_at(now) not in ("active", "suspended"):
+        raise errors.Refusal("conflict", f"The key is {key.status_at(now)}; it cannot change.")
+    terms.check(now)
+    tx.run(
         "UPDATE api_key SET name = :name, scopes = :scopes, expires_at = :expires_at,"
         " credit_limit = :credit_limit, credit_period = :credit_period, rate_limit = :rate_limit,"
         # A secret that was rotated out never outlives the key.
         " previous_until = CASE WHEN previous_until > :expires_at THEN :expires_at"
         " ELSE previous_until END"
-        " WHERE id = :id AND status IN ('active', 'suspended')"
-        " AND (expires_at IS NULL OR expires_at > :now)",
+        " WHERE id = :id",
         {
             "id": key_id,
             "name": terms.name,
@@ -308,11 +310,8 @@ def change(tx: Tx, key: Key, changes: dict[str, Any], now: int, by: Actor) -> No
             "credit_limit": terms.credit_limit,
             "credit_period": terms.credit_period,
             "rate_limit": terms.rate_limit,
-            "now": now,
         },
     )
-    if not changed:
-        raise errors.Refusal("conflict", f"The key is {key.status_at(now)}; it cannot change.")
     audit.note(tx, by, "key.changed", now, key.account_id, key_id, changed=sorted(changes))
 
 
@@ -349,13 +348,14 @@ def suspend(tx: Tx, key_id: str, reason: str | None, now: int, by: Actor) -> Non
     key = get(tx, key_id)
     changed = tx.run(
         "UPDATE api_key SET status = 'suspended', suspended_by = :by, status_reason = :reason"
-        " WHERE id = :id AND (status = 'active'"
+        " WHERE id = :id AND (expires_at IS NULL OR expires_at > :now) AND (status = 'active'"
         # The operator's word stands over the owner's, never the other way round.
         " OR (status = 'suspended' AND (suspended_by = 'owner' OR :by = 'operator')))",
-        {"id": key_id, "by": _side(by), "reason": reason},
+        {"id": key_id, "by": _side(by), "reason": reason, "now": now},
     )
     if not changed:
-        raise errors.Refusal("conflict", f"The key is {key.status}; it cannot be suspended.")
+        is_now = key.status_at(now)
+        raise errors.Refusal("conflict", f"The key is {is_now}; it cannot be suspended.")
     audit.note(tx, by, "key.suspended", now, key.account_id, key_id, reason=reason)
 
 
@@ -364,13 +364,15 @@ def resume(tx: Tx, key_id: str, now: int, by: Actor) -> None:
     key = get(tx, key_id)
     changed = tx.run(
         "UPDATE api_key SET status = 'active', suspended_by = NULL, status_reason = NULL"
-        " WHERE id = :id AND status = 'suspended' AND (suspended_by = 'owner' OR :by = 'operator')",
-        {"id": key_id, "by": _side(by)},
+        " WHERE id = :id AND status = 'suspended' AND (suspended_by = 'owner' OR :by = 'operator')"
+        " AND (expires_at IS NULL OR expires_at > :now)",
+        {"id": key_id, "by": _side(by), "now": now},
     )
     if not changed:
-        if key.status == "suspended":
+        is_now = key.status_at(now)
+        if is_now == "suspended":
             raise errors.Refusal("forbidden", "The operator suspended this key.")
-        raise errors.Refusal("conflict", f"The key is {key.status}, not suspended.")
+        raise errors.Refusal("conflict", f"The key is {is_now}, not suspended.")
     audit.note(tx, by, "key.resumed", now, key.account_id, key_id)
 
 

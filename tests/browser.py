@@ -6,20 +6,19 @@ from __future__ import annotations
 import html
 import re
 from http.cookies import SimpleCookie
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import urlencode, urlsplit
 
-from server import Answer
+from server import Answer, Farebox
+
+if TYPE_CHECKING:
+    from inprocess import Box
+
+Site: TypeAlias = "Farebox | Box"
 
 PASSWORD = "a-long-enough-pass-phrase"
 _FIELD = re.compile(r"<input\b[^>]*>")
 _ATTRIBUTE = re.compile(r'(\w[\w-]*)="([^"]*)"')
-
-
-class Site(Protocol):
-    """What answers requests: a running instance, or one in this process."""
-
-    def request(self, method: str, target: str, /, **options: Any) -> Answer: ...
 
 
 class Browser:

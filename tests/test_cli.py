@@ -815,7 +815,7 @@ def test_every_command_of_the_contract_is_there(box: Box) -> None:
             "sign-out",
             "close",
             "operator",
-        },  # fmt: skip
+        },
         "accounts": {"suspend", "resume", "close"},
         "tokens": {"mint", "rotate-key", "deny", "allow"},
         "keys": {"add", "list", "revoke", "suspend", "resume"},

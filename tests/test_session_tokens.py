@@ -785,7 +785,6 @@ def test_a_rotation_beside_the_first_use_loses_no_key(tmp_path: Path) -> None:
         assert {said[0][number], said[1][number]} <= set(listed), "what has signed verifies"
 
 
-@pytest.mark.xfail(reason="`restore` refuses a backup that holds signing_keys.json", strict=False)
 def test_a_backup_carries_the_keys(tmp_path: Path, upstream_server: Upstream) -> None:
     saved = tmp_path / "saved.tar"
     with Box(tmp_path / "instance", config(upstream_server)) as box:

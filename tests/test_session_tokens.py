@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from bearers import (
@@ -36,7 +36,7 @@ from bearers import (
     refreshed,
     refused_well,
 )
-from browser import PASSWORD, Browser, Site
+from browser import PASSWORD, Browser
 from conftest import StartFarebox
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -112,10 +112,6 @@ def claims_of(token: str) -> dict[str, Any]:
     return parts(token)[1]
 
 
-def open_browser(site: Box | Farebox) -> Browser:
-    return Browser(cast(Site, site))
-
-
 _people = itertools.count(1)
 
 
@@ -153,7 +149,7 @@ def test_somebody_signed_in_gets_a_token_that_spends_their_credits(
     email = person(box)
     account = box.cli("users", "list").stdout.split(f"{email} ")[1].split()[0]
     box.grant(account, 5)
-    browser = open_browser(box)
+    browser = Browser(box)
     assert browser.sign_in(email).status == 303
     token = browser.token()
     assert claims_of(token)["acct"] == account
@@ -167,7 +163,7 @@ def test_somebody_signed_in_gets_a_token_that_spends_their_credits(
 
 
 def test_a_cookie_alone_mints_nothing(box: Box) -> None:
-    browser = open_browser(box)
+    browser = Browser(box)
     browser.sign_in(person(box))
     right = browser.csrf()
     for headers in (
@@ -178,14 +174,14 @@ def test_a_cookie_alone_mints_nothing(box: Box) -> None:
         answer = browser.request("POST", "/api/v1/session-tokens", headers, value={})
         assert refusal(answer) == (403, "csrf_failed"), headers
     assert refusal(box.post("/api/v1/session-tokens")) == (401, "missing_api_key")
-    stranger = open_browser(box)
+    stranger = Browser(box)
     stranger.get("/login")
     answer = stranger.request("POST", "/api/v1/session-tokens", {"X-CSRF-Token": right}, value={})
     assert refusal(answer) == (401, "missing_api_key")
 
 
 def test_a_cookie_is_no_credential_for_anything_else_of_the_api(box: Box) -> None:
-    browser = open_browser(box)
+    browser = Browser(box)
     browser.sign_in(person(box))
     headers = {"X-CSRF-Token": browser.csrf()}
     for method, path in (
@@ -274,7 +270,7 @@ def test_a_token_spends_the_account_it_was_asked_for(box: Box) -> None:
 
 def test_no_token_is_to_be_had_for_an_account_of_others(box: Box, upstream: Upstream) -> None:
     token, other = mint(box, box.payer()), box.payer()
-    browser = open_browser(box)
+    browser = Browser(box)
     browser.sign_in(person(box))
     csrf = {"X-CSRF-Token": browser.csrf()}
     with Standstill(box, upstream):
@@ -553,7 +549,7 @@ def test_signing_out_ends_the_tokens_of_that_session_and_no_other(
     email = person(backstage)
     account = backstage.row("SELECT account_id FROM user WHERE email = :email", email=email)[0]
     backstage.grant(account, 1000)
-    here, there = open_browser(server), open_browser(server)
+    here, there = Browser(server), Browser(server)
     for browser in (here, there):
         assert browser.sign_in(email).status == 303
     token, elsewhere = here.token(), there.token()

@@ -381,7 +381,7 @@ def test_no_token_of_ours_is_taken_that_says_what_ours_never_say(
     }
     lies["an hour and a second"] = {**claims, "exp": claims["iat"] + 3601}
     lies["expired a second ago"] = {**claims, "iat": now - 100, "exp": now - 1}
-    lies["begins in a minute"] = {**claims, "nbf": now + 60}
+    lies["begins in two minutes"] = {**claims, "nbf": now + 120}
     lies["jti of nobody"] = {**claims, "jti": "tok_" + "0" * 24}
     lies["jti of SQL"] = {**claims, "jti": "' OR 1=1 --"}
     lies["aud in a list"] = {**claims, "aud": [claims["aud"]]}

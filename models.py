@@ -207,7 +207,8 @@ class Database:
             self._synchronous = level
         tx.run("BEGIN IMMEDIATE")
         try:
-            results = [job.work(tx) for job in batch]
+            for job in batch:
+                self._run(job, tx)
             tx.run("COMMIT")
         except BaseException:
             assert self._writer is not None
@@ -217,8 +218,18 @@ class Database:
             except apsw.Error:
                 self._tx = None  # the next batch begins with a fresh connection
             raise
-        for job, result in zip(batch, results, strict=True):
-            job.result = result
+
+    def _run(self, job: _Job[Any], tx: Tx) -> None:
+        """Run one job. A refusal that comes before the job has written anything is its own affair:
+        there is nothing to undo, and those who share the commit do not notice."""
+        assert self._writer is not None
+        written, job.error = self._writer.total_changes(), None
+        try:
+            job.result = job.work(tx)
+        except errors.Refusal as refusal:
+            if self._writer.total_changes() != written:
+                raise
+            job.error = refusal
 
     # Care
 

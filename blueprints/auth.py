@@ -85,7 +85,6 @@ def signup() -> BaseResponse:
     if request.method == "GET":
         return _form("signup")
     client, credits = client_address(request.environ), instance().settings.instance.signup_credits
-    _throttle((f"signup:{network_of(client)}", instance().settings.limits.failed_auth_per_minute))
 
     def work(tx: Tx, email: str, hashed: str, now: int) -> User:
         return users.sign_up(tx, email, hashed, credits, now, Actor(email, client))
@@ -132,18 +131,20 @@ def reset() -> BaseResponse:
 
 @blueprint.route("/forgot", methods=["GET", "POST"])
 def forgot() -> BaseResponse:
-    """Mail a reset link, if there is a server to mail it; the answer is the same for everybody."""
+    """Mail a reset link, if there is a server to mail it and none is on its way; the answer is the
+    same for everybody."""
     smtp = instance().settings.smtp
     if request.method == "GET" or smtp is None:
         return page("auth/forgot.html", has_mail=smtp is not None)
     email, client = request.form.get("email", "").strip().lower(), client_address(request.environ)
-    name = tokens.digest(email.encode()).hex()
-    _throttle((f"forgot:{network_of(client)}", 10), (f"forgot:{name}", 3))
+    _throttle((f"forgot:{network_of(client)}", 10))
     now = clock.now_ms()
 
     def work(tx: Tx) -> str | None:
         user = users.by_email(tx, email)
         if user is None or user.status != "active":
+            return None
+        if links.was_made_lately(tx, now, user_id=user.id):
             return None
         return users.reset_link(tx, user, now, Actor(user.id, client))
 
@@ -211,7 +212,9 @@ def _submitted(
     """Act on a form and sign its person in, or show what is wrong with it. A reset's e-mail is
     given (`fixed`); an invitation's only suggested."""
     typed = fixed if purpose == "reset" else request.form.get("email", "").strip()
+    network = network_of(client_address(request.environ))
     try:
+        _throttle((f"{purpose}:{network}", instance().settings.limits.failed_auth_per_minute))
         email = typed if purpose == "reset" else users.checked_email(typed)
         hashed = passwords.hashed(request.form.get("password", ""), email)
         now = clock.now_ms()
@@ -219,7 +222,9 @@ def _submitted(
     except Refusal as refusal:
         if refusal.kind.status >= 500:
             raise
-        return _form(purpose, token, typed, refusal.message, refusal.kind.status, host)
+        answer = _form(purpose, token, typed, refusal.message, refusal.kind.status, host)
+        answer.headers.update(refusal.headers)
+        return answer
     sign_in(user, purpose)
     return redirect("/dashboard", 303)
 

@@ -25,7 +25,7 @@ def home() -> Response:
 def reveal() -> Response:
     """A fresh session token, shown on the page that asked for it."""
     found, visitor = instance(), current_user
-    access.count_reading(found, visitor.user.account_id)
+    access.count_reading(found, visitor.user)
     account_id = request.form.get("account") or visitor.user.account_id
     issued = session_tokens.mint(
         found.db, found.signing_keys, found.settings.public_url, visitor.session, account_id,
@@ -66,9 +66,13 @@ def end_sessions() -> BaseResponse:
 def unlink() -> BaseResponse:
     visitor, now = current_user, clock.now_ms()
     issuer, subject = request.form.get("issuer", ""), request.form.get("subject", "")
+    providers = instance().settings.oidc_issuers
 
     def work(tx: Tx) -> None:
-        users.unlink_identity(tx, visitor.user.id, issuer, subject, now, visitor.actor)
+        users.unlink_identity(
+            tx, visitor.user.id, issuer, subject, providers, visitor.session.id, now,
+            visitor.actor,
+        )  # fmt: skip
 
     instance().db.write(work, durable=True)
     return redirect("/dashboard", 303)

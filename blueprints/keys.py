@@ -114,6 +114,9 @@ def rotate(key_id: str) -> Response:
     """A new secret; the old one works for `grace_seconds`."""
     principal, wish = managing(_Rotation)
     keys.check_grace(wish.grace_seconds * 1000)
+    assert principal.bearer is not None  # `managing` let nobody else in
+    with instance().db.reading() as tx:
+        keys.owned(tx, key_id, principal.bearer)  # before the hash, which takes its time
     secret = NewSecret(instance().settings.instance.key_prefix)
 
     def work(tx: Tx, bearer: Bearer, by: Actor, now: int) -> Key:
@@ -141,7 +144,8 @@ def resume(key_id: str) -> Response:
     principal, _ = managing(_Nothing)
 
     def work(tx: Tx, bearer: Bearer, by: Actor, now: int) -> Key:
-        keys.resume(tx, keys.owned(tx, key_id, bearer).id, now, by)
+        key = keys.owned(tx, key_id, bearer)
+        keys.resume(tx, key.id, now, by, is_owner=bearer.role == "owner")
         return keys.get(tx, key_id)
 
     return _shown(act(principal, work))

@@ -179,7 +179,7 @@ def _namesake(
     Somebody the operator added and who has no way to sign in yet, is them. Anybody else may have
     taken the address without owning it, waiting for its owner to move in with them.
     """
-    if users.has_a_way_in(tx, user.id):
+    if users.has_a_credential(tx, user.id):
         raise Refusal(
             "conflict",
             f"{user.email} is a user already. Sign in as you did before, then add {section.label}.",

@@ -34,7 +34,7 @@ def mint() -> Response:
         check_csrf()
         wish, account_id = parsed(raw, _Wish), current_user.user.account_id
         session = current_user.session
-        access.count_reading(instance(), account_id)
+        access.count_reading(instance(), current_user.user)
     else:
         raise Refusal("missing_api_key", "Sign in, or send a session token.")
     found = instance()
@@ -76,6 +76,7 @@ def _session_of(bearer: Bearer) -> Session:
     def work(tx: Tx) -> Session:
         if session_tokens.find(tx, bearer.token_id, now) is None:
             raise Refusal("invalid_token", "This session token is not valid.")
-        return sessions.start(tx, bearer.user_id, traded, now)
+        known = sessions.traded_for(tx, bearer.token_id, now)
+        return known or sessions.start(tx, bearer.user_id, traded, now)
 
     return instance().db.write(work)

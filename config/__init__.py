@@ -20,6 +20,7 @@ from config.checks import OWN_PATHS, ConfigError, check, check_not_ours, check_u
 from config.pem import read_public_keys
 from config.sections import (
     FILE_NAME,
+    WELL_KNOWN,
     File,
     InstanceSection,
     IssuerSection,
@@ -89,6 +90,12 @@ class Settings:
     @property
     def incarnations(self) -> Path:
         return self.folder / "workers"
+
+    @property
+    def oidc_issuers(self) -> frozenset[str]:
+        """The providers one can sign in with, by `iss` without a slash at its end."""
+        urls = (section.server_metadata_url for section in self.oidc.values())
+        return frozenset(url.partition("?")[0].removesuffix(WELL_KNOWN).rstrip("/") for url in urls)
 
     @property
     def hosts(self) -> frozenset[str]:

@@ -9,6 +9,7 @@ import msgspec
 
 from config.sections import (
     FILE_NAME,
+    WELL_KNOWN,
     File,
     IssuerSection,
     OidcSection,
@@ -206,10 +207,10 @@ def _check_oidc(name: str, section: OidcSection) -> None:
         fail(at, "expected a name of at most 32 of a-z, 0-9, _ and -, a letter first")
     url = section.server_metadata_url
     _check_safe_url(f"{at}.server_metadata_url", url)
-    if not urlsplit(url).path.endswith("/.well-known/openid-configuration"):
+    if not urlsplit(url).path.endswith(WELL_KNOWN):
         fail(
             f"{at}.server_metadata_url",
-            f"expected a path that ends in /.well-known/openid-configuration, got {url!r}",
+            f"expected a path that ends in {WELL_KNOWN}, got {url!r}",
         )
     if not section.label.isprintable() or section.label != section.label.strip():
         fail(f"{at}.label", f"expected printable text, got {section.label!r}")

@@ -7,6 +7,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 FILE_NAME = "farebox.toml"
+WELL_KNOWN = "/.well-known/openid-configuration"  # OpenID Connect Discovery 1.0, 4
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Credits = Annotated[int, msgspec.Meta(ge=0, le=10**9)]

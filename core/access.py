@@ -17,6 +17,7 @@ from core.keys import Key
 from core.ledger import OPERATOR_ACCOUNT, Guard, account_suspended
 from core.limits import CreditLimit, Rate
 from core.session_tokens import Bearer
+from core.users import User
 from models import Tx
 
 LONGEST_CREDENTIAL = 8192
@@ -208,12 +209,16 @@ def read(
         raise errors.Refusal("session_required", "This takes a session token.")
     if principal.rate_limit is None:
         return principal, None
-    return principal, _count(instance, principal.rate_subject, principal.rate_limit, principal.key)
+    subject = principal.rate_subject
+    if principal.bearer is not None:  # one person's loop leaves the others their say
+        subject = members.limit_subject(principal.account_id, principal.bearer.user_id)
+    return principal, _count(instance, subject, principal.rate_limit, principal.key)
 
 
-def count_reading(instance: Instance, account_id: str) -> Rate:
+def count_reading(instance: Instance, user: User) -> Rate:
     """As `read`, for somebody whose sign-in cookie says who they are. Raises `rate_limited`."""
-    return _count(instance, account_id, instance.settings.limits.requests_per_minute, None)
+    subject = members.limit_subject(user.account_id, user.id)
+    return _count(instance, subject, instance.settings.limits.requests_per_minute, None)
 
 
 def _count(instance: Instance, subject: str, limit: int, key: Key | None) -> Rate:

@@ -9,7 +9,7 @@ import threading
 from typing import Any, NamedTuple
 
 from config import IssuerSection, Settings
-from core import audit, clock, errors, jose, session_tokens, tokens, users
+from core import audit, clock, errors, jose, session_tokens, sessions, tokens, users
 from core.audit import Actor
 from core.errors import Refusal
 from core.jose import Parsed
@@ -123,6 +123,8 @@ class KeySet:
         and nobody has just tried. Waits for a fetch no longer than `patience_seconds`."""
         now = clock.now_ms()
         last = self._load()
+        if self._fetched_at is None:
+            every_ms = FETCH_AT_MOST_EVERY_MS  # there is nothing to go on with meanwhile
         if last is not None and abs(now - last) < every_ms:
             return
         with self._mutex:
@@ -260,6 +262,7 @@ def deny(
                 session_tokens.end_outside(tx, ended, now)
     else:
         for user_id in users.known_by_subject(tx, str(sub)):
+            sessions.end_alike(tx, user_id, "token", now, by)
             for ended in session_tokens.outside_of(tx, user_id):
                 session_tokens.end_outside(tx, ended, now)
     audit.note(tx, by, "token.denied", now, None, value, claim=claim)

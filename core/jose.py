@@ -135,14 +135,15 @@ def keys_from_set(document: str) -> dict[str, Any]:
 
 
 def check_times(claims: dict[str, Any], now: int, longest_seconds: int, leeway: int) -> int:
-    """When a token ends, in milliseconds. Raises `invalid_token` unless it has begun, has not ended
-    and was made for no longer than `longest_seconds`."""
+    """When a token ends, in milliseconds, `leeway` seconds after it says. Raises `invalid_token`
+    unless it has begun, give or take a minute (a clock may step), has not ended, and was made for
+    no longer than `longest_seconds`."""
     issued, ends = _time(claims.get("iat")), _time(claims.get("exp"))
     begins = _time(claims.get("nbf", 0))
     seconds = now / 1000
     if not (
         0 <= ends - issued <= longest_seconds
-        and max(issued, begins) <= seconds + leeway
+        and max(issued, begins) <= seconds + LEEWAY_SECONDS
         and seconds < ends + leeway
     ):
         raise errors.invalid_token()

@@ -175,8 +175,12 @@ class NewSecret:
     def __init__(self, prefix: str) -> None:
         self.token, self.lookup = tokens.new_key(prefix)
         self.start = self.token[: -(tokens.SECRET_LENGTH + tokens.CHECKSUM_LENGTH)]
-        with _making:
+        if not _making.acquire(timeout=_PATIENCE_SECONDS):
+            raise _overloaded()
+        try:
             self.hash = HASHER.hash(self.token)
+        finally:
+            _making.release()
 
 
 def add(
@@ -347,11 +351,18 @@ def suspend(tx: Tx, key_id: str, reason: str | None, now: int, by: Actor) -> Non
     """Stop a key for a while. Raises `not_found`, `conflict`."""
     key = get(tx, key_id)
     changed = tx.run(
-        "UPDATE api_key SET status = 'suspended', suspended_by = :by, status_reason = :reason"
+        "UPDATE api_key SET status = 'suspended', suspended_by = :by, suspended_by_user = :person,"
+        " status_reason = :reason"
         " WHERE id = :id AND (expires_at IS NULL OR expires_at > :now) AND (status = 'active'"
         # The operator's word stands over the owner's, never the other way round.
         " OR (status = 'suspended' AND (suspended_by = 'owner' OR :by = 'operator')))",
-        {"id": key_id, "by": _side(by), "reason": reason, "now": now},
+        {
+            "id": key_id,
+            "by": _side(by),
+            "person": None if by.is_operator else by.name,
+            "reason": reason,
+            "now": now,
+        },
     )
     if not changed:
         is_now = key.status_at(now)
@@ -359,19 +370,29 @@ def suspend(tx: Tx, key_id: str, reason: str | None, now: int, by: Actor) -> Non
     audit.note(tx, by, "key.suspended", now, key.account_id, key_id, reason=reason)
 
 
-def resume(tx: Tx, key_id: str, now: int, by: Actor) -> None:
-    """Let a suspended key work again; only the operator resumes what the operator suspended."""
+def resume(tx: Tx, key_id: str, now: int, by: Actor, is_owner: bool = True) -> None:
+    """Let a suspended key work again. Only the operator resumes what the operator suspended, and
+    who is no owner of the account what they suspended themselves."""
     key = get(tx, key_id)
     changed = tx.run(
-        "UPDATE api_key SET status = 'active', suspended_by = NULL, status_reason = NULL"
+        "UPDATE api_key SET status = 'active', suspended_by = NULL, suspended_by_user = NULL,"
+        " status_reason = NULL"
         " WHERE id = :id AND status = 'suspended' AND (suspended_by = 'owner' OR :by = 'operator')"
+        " AND (:is_owner OR suspended_by_user = :person)"
         " AND (expires_at IS NULL OR expires_at > :now)",
-        {"id": key_id, "by": _side(by), "now": now},
+        {
+            "id": key_id,
+            "by": _side(by),
+            "is_owner": is_owner,
+            "person": by.name,
+            "now": now,
+        },
     )
     if not changed:
         is_now = key.status_at(now)
         if is_now == "suspended":
-            raise errors.Refusal("forbidden", "The operator suspended this key.")
+            who = "The operator" if key.suspended_by == "operator" else "An owner"
+            raise errors.Refusal("forbidden", f"{who} suspended this key.")
         raise errors.Refusal("conflict", f"The key is {is_now}, not suspended.")
     audit.note(tx, by, "key.resumed", now, key.account_id, key_id)
 

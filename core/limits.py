@@ -1,10 +1,13 @@
 """Rates per minute and credit limits per period: two counters, shared by all workers."""
 
+import re
 from ipaddress import ip_address, ip_network
 from typing import NamedTuple
 
 from core import clock, errors
 from models import Database, Tx
+
+_PORT = re.compile(r"(?:([0-9.]+)|\[([0-9a-fA-F:.]+)\]):[0-9]+")
 
 
 class Rate(NamedTuple):
@@ -71,11 +74,13 @@ def network_of(address: str) -> str:
     """What a client that guesses is counted under: its address or, of IPv6, the network of 2^64
     addresses that is one customer's (RFC 6177)."""
     try:
-        found = ip_address(address)
+        # Some proxies put the client's port behind its address.
+        with_port = _PORT.fullmatch(address)
+        found = ip_address(with_port[1] or with_port[2] if with_port else address)
     except ValueError:
         return address
     if found.version == 4:
-        return address
+        return str(found)
     return str(found.ipv4_mapped or ip_network((int(found) >> 64 << 64, 64)))
 
 

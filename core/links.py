@@ -10,6 +10,9 @@ from core import clock, errors, tokens
 from models import Tx
 
 LIFE_MS = {"setup": 7 * clock.DAY_MS, "reset": clock.DAY_MS, "invite": 7 * clock.DAY_MS}
+_LATELY_MS = 10 * clock.MINUTE_MS
+_KEPT_MS = 30 * clock.DAY_MS
+_PRUNED_AT_ONCE = 1000
 
 
 class Link(NamedTuple):
@@ -75,6 +78,34 @@ def cancel(
         "UPDATE one_time_link SET used_at = :now WHERE used_at IS NULL"
         " AND (user_id = :user OR membership_id = :membership)",
         {"now": now, "user": user_id, "membership": membership_id},
+    )
+
+
+def was_made_lately(
+    tx: Tx, now: int, *, user_id: str | None = None, membership_id: str | None = None
+) -> bool:
+    """Whether an unused link for that person or membership is so new that its mail may still be on
+    its way: whoever asks again and again fills no mailbox."""
+    row = tx.row(
+        "SELECT 1 FROM one_time_link WHERE used_at IS NULL"
+        " AND ((user_id = :user AND expires_at > :reset)"
+        " OR (membership_id = :membership AND expires_at > :invite))",
+        {
+            "user": user_id,
+            "membership": membership_id,
+            "reset": now + LIFE_MS["reset"] - _LATELY_MS,
+            "invite": now + LIFE_MS["invite"] - _LATELY_MS,
+        },
+    )
+    return row is not None
+
+
+def prune(tx: Tx, now: int) -> None:
+    """Forget some of the links that were used, or expired, long ago."""
+    tx.run(
+        "DELETE FROM one_time_link WHERE token_hash IN"
+        " (SELECT token_hash FROM one_time_link WHERE used_at < :before LIMIT :most)",
+        {"before": now - _KEPT_MS, "most": _PRUNED_AT_ONCE},
     )
 
 

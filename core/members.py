@@ -138,16 +138,21 @@ def enrol(tx: Tx, account_id: str, user_id: str, role: str, now: int) -> None:
 
 
 def invite(tx: Tx, account_id: str, email: str, terms: Terms, now: int, by: Actor
-) -> tuple[Member, str]:  # fmt: skip
-    """An invitation and the token of its link. Inviting an address again renews the invitation:
-    the earlier link stops. Raises `validation_error`, or `conflict` for a member."""
+) -> tuple[Member, str, bool]:  # fmt: skip
+    """An invitation, the token of its link, and whether it is worth a mail. Inviting an address
+    again renews the invitation: the earlier link stops, and mails are minutes apart.
+
+    Raises `validation_error`, or `conflict` for a member.
+    """
     terms.check()
     here = of_account(tx, account_id)
     known = [member for member in here if member.email == email]
     if known and known[0].user_id is not None:
         raise errors.Refusal("conflict", f"{email} is a member already.")
+    mailed_lately = False
     if known:
         member_id = known[0].id
+        mailed_lately = links.was_made_lately(tx, now, membership_id=member_id)
         links.cancel(tx, now, membership_id=member_id)
         _write_terms(tx, member_id, terms)
     else:
@@ -156,7 +161,7 @@ def invite(tx: Tx, account_id: str, email: str, terms: Terms, now: int, by: Acto
         member_id = _insert(tx, account_id, None, email, terms, now)
     token = links.make(tx, "invite", account_id, now, membership_id=member_id)
     audit.note(tx, by, "member.invited", now, account_id, member_id, email=email, **terms._asdict())
-    return get(tx, member_id, account_id), token
+    return get(tx, member_id, account_id), token, not mailed_lately
 
 
 def join(tx: Tx, token: str, user_id: str, now: int, by: Actor) -> Member:

@@ -16,13 +16,12 @@ from authlib.integrations.requests_client import OAuth2Session
 from requests.adapters import BaseAdapter
 from requests.structures import CaseInsensitiveDict
 
-from config.sections import is_loopback
+from config.sections import WELL_KNOWN, is_loopback
 from core import clock, jose
 from core.errors import Refusal
 from core.upstream import Outbound, Wires
 
 PATIENCE_SECONDS = 10.0  # for one answer, to its last byte
-WELL_KNOWN = "/.well-known/openid-configuration"
 _LARGEST_ANSWER = 256 * 1024
 _FRESH_SECONDS = 3600.0  # after which metadata and keys are asked for again
 # Of a process's threads: a provider that hangs must leave the others to paid calls.
@@ -159,7 +158,7 @@ def checked_metadata(document: Any, url: str) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ValueError("its metadata is no object")
     issuer = document.get("issuer")
-    if not isinstance(issuer, str) or issuer.rstrip("/") + WELL_KNOWN != url:
+    if not isinstance(issuer, str) or issuer.rstrip("/") + WELL_KNOWN != url.partition("?")[0]:
         raise ValueError(f"its metadata is of another issuer, {issuer!r}")
     found: dict[str, Any] = {"issuer": issuer}
     for name in ("authorization_endpoint", "token_endpoint", "jwks_uri"):

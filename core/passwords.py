@@ -19,6 +19,8 @@ _NOBODYS = (
     "2yg$v8+PAgRqJex7XqFtJ3neMrEYdxU6RqVfSJNeMnqaZQk"
 )
 _slots = threading.BoundedSemaphore(_AT_ONCE)
+# Of a process's threads: who guesses must leave the others to paid calls.
+_places = threading.BoundedSemaphore(_AT_ONCE + 15)
 
 
 def hashed(password: str, email: str) -> str:
@@ -31,9 +33,9 @@ def hashed(password: str, email: str) -> str:
     name, _, domain = email.partition("@")
     lower = password.lower()
     holds_it = email in lower or (len(name) > 3 and name in lower)
-    if holds_it or _is_common(password, [email, name, domain]):
-        raise errors.invalid_body("That password is too easy to guess.", "password")
     with _Slot():
+        if holds_it or _is_common(password, [email, name, domain]):
+            raise errors.invalid_body("That password is too easy to guess.", "password")
         return HASHER.hash(password)
 
 
@@ -60,11 +62,20 @@ class _Slot:
     """Room for one hash at a time, or `overloaded`."""
 
     def __enter__(self) -> None:
+        if not _places.acquire(blocking=False):
+            raise _overloaded()
         if not _slots.acquire(timeout=_PATIENCE_SECONDS):
-            raise errors.Refusal(
-                "overloaded", "Too many passwords are being checked at this moment.",
-                headers={"Retry-After": "1"},
-            )  # fmt: skip
+            _places.release()
+            raise _overloaded()
 
     def __exit__(self, *error: object) -> None:
         _slots.release()
+        _places.release()
+
+
+def _overloaded() -> errors.Refusal:
+    return errors.Refusal(
+        "overloaded",
+        "Too many passwords are being checked at this moment.",
+        headers={"Retry-After": "1"},
+    )

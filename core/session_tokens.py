@@ -218,5 +218,9 @@ def latch_expired(tx: Tx, now: int) -> None:
 
 
 def prune(tx: Tx, now: int) -> None:
-    """Forget tokens whose own claims refuse them."""
-    tx.run("DELETE FROM session_token WHERE expires_at < :before", {"before": now - _KEPT_MS})
+    """Forget some of the tokens whose own claims refuse them."""
+    tx.run(
+        "DELETE FROM session_token WHERE id IN"
+        " (SELECT id FROM session_token WHERE expires_at < :before LIMIT :most)",
+        {"before": now - _KEPT_MS, "most": sessions.PRUNED_AT_ONCE},
+    )

@@ -8,10 +8,11 @@ from models import Tx
 
 IDLE_MS = 30 * clock.MINUTE_MS  # without a page, a cookie opens nothing any more
 LIFE_MS = 12 * 60 * clock.MINUTE_MS  # a sign-in and its tokens end, whatever happens
-MOST = 50  # of one person; the oldest ends when there would be more
+MOST = 50  # of one person with a cookie, and as many without; the oldest ends for another
 _SEEN_EVERY_MS = clock.MINUTE_MS
 _KEPT_MS = 30 * clock.DAY_MS  # after its end, for whoever asks what happened
 _LONGEST_AGENT = 200
+PRUNED_AT_ONCE = 1000
 _COLUMNS = (
     "s.id, s.user_id, s.method, s.address, s.user_agent, s.created_at, s.last_seen_at, s.expires_at"
 )
@@ -63,10 +64,13 @@ def start(
             "origin": origin.token_id,
         },
     )
+    # Browsers make room for browsers and scripts for scripts: neither signs the other out.
+    alike = (
+        f"user_id = :user AND ended_at IS NULL AND cookie_hash IS {'NOT ' if secret else ''}NULL"
+    )
     tx.run(
-        "UPDATE session SET ended_at = :now WHERE ended_at IS NULL AND user_id = :user"
-        " AND id NOT IN (SELECT id FROM session WHERE user_id = :user AND ended_at IS NULL"
-        " ORDER BY created_at DESC, id LIMIT :most) AND id <> :id",
+        f"UPDATE session SET ended_at = :now, cookie_hash = NULL WHERE {alike} AND id <> :id AND id"
+        f" NOT IN (SELECT id FROM session WHERE {alike} ORDER BY created_at DESC, id LIMIT :most)",
         {"now": now, "user": user_id, "most": MOST, "id": session.id},
     )
     audit.note(
@@ -149,6 +153,32 @@ def end_all(tx: Tx, user_id: str, now: int, by: Actor) -> int:
     return ended
 
 
+def traded_for(tx: Tx, token_id: str, now: int) -> Session | None:
+    """The session an outside token was traded for before, if it has not ended."""
+    row = tx.row(
+        f"SELECT {_COLUMNS} FROM session s"
+        " WHERE s.origin = :token AND s.ended_at IS NULL AND s.expires_at > :now LIMIT 1",
+        {"token": token_id, "now": now},
+    )
+    return None if row is None else Session(*row)
+
+
+def end_alike(
+    tx: Tx, user_id: str, method: str, now: int, by: Actor, keep: str | None = None
+) -> None:
+    """End a person's sessions that began that way (`oidc:` for whichever provider), but for one."""
+    ended = tx.run(
+        "UPDATE session SET ended_at = :now, cookie_hash = NULL WHERE user_id = :user"
+        " AND ended_at IS NULL AND substr(method, 1, :length) = :method AND id <> :keep",
+        {
+            "now": now, "user": user_id, "method": method, "length": len(method),
+            "keep": keep or "",
+        },
+    )  # fmt: skip
+    if ended:
+        audit.note(tx, by, "session.all_ended", now, _account(tx, user_id), user_id, count=ended)
+
+
 def end_traded(tx: Tx, now: int, token_id: str) -> None:
     """End the sessions that an outside token was traded for."""
     tx.run(
@@ -172,11 +202,12 @@ def latch_expired(tx: Tx, now: int) -> None:
 
 
 def prune(tx: Tx, now: int) -> None:
-    """Forget what ended long ago, once its tokens are forgotten."""
+    """Forget some of what ended long ago, once its tokens are forgotten."""
     tx.run(
-        "DELETE FROM session WHERE ended_at < :before"
-        " AND NOT EXISTS (SELECT 1 FROM session_token t WHERE t.session_id = session.id)",
-        {"before": now - _KEPT_MS},
+        "DELETE FROM session WHERE id IN (SELECT id FROM session WHERE ended_at < :before"
+        " AND NOT EXISTS (SELECT 1 FROM session_token t WHERE t.session_id = session.id)"
+        " LIMIT :most)",
+        {"before": now - _KEPT_MS, "most": PRUNED_AT_ONCE},
     )
 
 

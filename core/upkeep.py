@@ -93,6 +93,7 @@ def _latch(tx: Tx, now: int) -> None:
 
 def _prune(tx: Tx, now: int) -> None:
     limits.prune(tx, now)
+    links.prune(tx, now)
     session_tokens.prune(tx, now)
     sessions.prune(tx, now)
 

@@ -1,6 +1,7 @@
 """People: who they are here, and as whom outside issuers know them. Each owns one account."""
 
 import re
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +142,9 @@ def of_who(tx: Tx, who: str) -> User:
     if "@" in who:
         found = by_email(tx, who.lower())
     elif who.startswith("did:"):
-        known = known_by_subject(tx, who)
+        # Whoever chooses their own subject elsewhere is not thereby somebody of Privy's.
+        privy = known_as(tx, PRIVY, who) if who.startswith("did:privy:") else None
+        known = [privy.id] if privy is not None else known_by_subject(tx, who)
         if len(known) > 1:
             raise errors.Refusal("conflict", f"Several people are {who}: {', '.join(known)}.")
         found = get(tx, known[0]) if known else None
@@ -202,9 +205,17 @@ def link_identity(tx: Tx, user: User, issuer: str, subject: str, now: int, by: A
     audit.note(tx, by, "identity.linked", now, user.account_id, user.id, issuer=issuer, sub=subject)
 
 
-def unlink_identity(tx: Tx, user_id: str, issuer: str, subject: str, now: int, by: Actor) -> None:
-    """Raises `not_found`, or `conflict` when there would be no way left to sign in."""
-    if _ways_in(tx, user_id) < 2:
+def unlink_identity(
+    tx: Tx, user_id: str, issuer: str, subject: str, providers: Container[str], here: str, now: int,
+    by: Actor,
+) -> None:  # fmt: skip
+    """An identity means this person no more, and what it let in ends: outside tokens, and sign-ins
+    through providers but for the session `here`. `providers` are the issuers one can sign in with.
+
+    Raises `not_found`, or `conflict` when there would be no way left to sign in.
+    """
+    is_a_way = issuer.rstrip("/") in providers
+    if _ways_in(tx, user_id, providers) < 1 + is_a_way:
         raise errors.Refusal("conflict", "That is the only way left to sign in.")
     removed = tx.run(
         "DELETE FROM identity WHERE user_id = :user AND issuer = :issuer AND subject = :subject",
@@ -212,24 +223,26 @@ def unlink_identity(tx: Tx, user_id: str, issuer: str, subject: str, now: int, b
     )
     if not removed:
         raise errors.not_found()
+    for token_id in session_tokens.outside_of(tx, user_id):
+        session_tokens.end_outside(tx, token_id, now)
+    sessions.end_alike(tx, user_id, "oidc:", now, by, keep=here)
     user = get(tx, user_id)
     audit.note(
         tx, by, "identity.unlinked", now, user.account_id, user_id, issuer=issuer, sub=subject
     )
 
 
-def has_a_way_in(tx: Tx, user_id: str) -> bool:
-    """Whether the person can sign in by themselves: with a password or an identity."""
-    return _ways_in(tx, user_id) > 0
+def has_a_credential(tx: Tx, user_id: str) -> bool:
+    """Whether anybody could come in as this person: with a password or any identity."""
+    row = tx.row("SELECT password_hash IS NOT NULL FROM user WHERE id = :id", {"id": user_id})
+    return bool(row and row[0]) or bool(identities_of(tx, user_id))
 
 
-def _ways_in(tx: Tx, user_id: str) -> int:
-    row = tx.row(
-        "SELECT (password_hash IS NOT NULL)"
-        " + (SELECT COUNT(*) FROM identity WHERE user_id = :user) FROM user WHERE id = :user",
-        {"user": user_id},
-    )
-    return 0 if row is None else int(row[0])
+def _ways_in(tx: Tx, user_id: str, providers: Container[str]) -> int:
+    """How many ways the person has to sign in at a browser."""
+    row = tx.row("SELECT password_hash IS NOT NULL FROM user WHERE id = :id", {"id": user_id})
+    by_provider = [name for name, _ in identities_of(tx, user_id) if name.rstrip("/") in providers]
+    return (0 if row is None else row[0]) + len(by_provider)
 
 
 def identities_of(tx: Tx, user_id: str) -> list[tuple[str, str]]:
@@ -264,13 +277,14 @@ def reset_link(tx: Tx, user: User, now: int, by: Actor) -> str:
 
 
 def set_password(tx: Tx, user_id: str, password_hash: str, now: int, by: Actor) -> None:
-    """A new password, which ends every sign-in and every other reset link of the person."""
+    """A new password, which ends every sign-in, session token and reset link of the person."""
     tx.run(
         "UPDATE user SET password_hash = :hash WHERE id = :id",
         {"id": user_id, "hash": password_hash},
     )
     links.cancel(tx, now, user_id=user_id)
     sessions.end_all(tx, user_id, now, by)
+    session_tokens.end(tx, now, user_id=user_id)
     audit.note(tx, by, "password.changed", now, get(tx, user_id).account_id, user_id)
 
 

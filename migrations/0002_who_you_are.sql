@@ -75,6 +75,9 @@ INSERT INTO one_time_link_new (token_hash, purpose, account_id, user_id, expires
 SELECT token_hash, purpose, account_id, user_id, expires_at, used_at FROM one_time_link;
 DROP TABLE one_time_link;
 ALTER TABLE one_time_link_new RENAME TO one_time_link;
+CREATE INDEX one_time_link_open ON one_time_link (expires_at) WHERE used_at IS NULL;
+CREATE INDEX one_time_link_used ON one_time_link (used_at) WHERE used_at IS NOT NULL;
+CREATE INDEX one_time_link_of_user ON one_time_link (user_id) WHERE user_id IS NOT NULL;
 CREATE INDEX one_time_link_of_membership ON one_time_link (membership_id)
     WHERE membership_id IS NOT NULL;
 
@@ -85,6 +88,8 @@ UPDATE api_key SET number = counted.number FROM (
     FROM api_key
 ) counted WHERE counted.id = api_key.id;
 DROP INDEX api_key_of_account;
+-- The person who suspended a key, when it was one: another member does not resume it.
+ALTER TABLE api_key ADD COLUMN suspended_by_user TEXT;
 CREATE UNIQUE INDEX api_key_of_account ON api_key (account_id, number);
 CREATE INDEX api_key_of_user ON api_key (user_id) WHERE user_id IS NOT NULL;
 
@@ -105,8 +110,11 @@ CREATE TABLE session (
     expires_at BIGINT NOT NULL,   -- whatever happens
     ended_at BIGINT
 );
-CREATE INDEX session_of_user ON session (user_id);
+CREATE INDEX session_of_user ON session (user_id, created_at) WHERE ended_at IS NULL;
 CREATE INDEX session_open ON session (expires_at) WHERE ended_at IS NULL;
+CREATE INDEX session_awake ON session (last_seen_at) WHERE cookie_hash IS NOT NULL;
+CREATE INDEX session_over ON session (ended_at) WHERE ended_at IS NOT NULL;
+CREATE INDEX session_traded ON session (origin) WHERE origin IS NOT NULL;
 
 -- Every session token that was accepted, so that it can be ended: ours from their minting on,
 -- an outside issuer's from their first use on.
@@ -120,6 +128,7 @@ CREATE TABLE session_token (
 );
 CREATE INDEX session_token_of_user ON session_token (user_id);
 CREATE INDEX session_token_of_session ON session_token (session_id) WHERE session_id IS NOT NULL;
+CREATE INDEX session_token_open ON session_token (expires_at) WHERE ended_at IS NULL;
 CREATE INDEX session_token_by_age ON session_token (expires_at);
 
 -- A person as an outside issuer names them.

@@ -931,7 +931,7 @@ def demote(box: Box, who: Person) -> None:
         (sign_out, (401, "invalid_token")),
         (revoke_token, (401, "invalid_token")),
         (suspend_person, (401, "invalid_token")),
-        (suspend_without_signing_out, (401, "invalid_token")),
+        (suspend_without_signing_out, (403, "account_suspended")),
         (remove, (401, "invalid_token")),
         (demote, (403, "forbidden")),
     ],

@@ -39,15 +39,14 @@ def named(text: str) -> str:
 
 
 @pytest.fixture
-def first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """While this is there, only the first step is known: the folder of steps."""
     folder = tmp_path / "migrations"
     folder.mkdir()
     for step in models.MIGRATIONS.glob("0001_*.sql"):
         shutil.copy(step, folder)
-    with monkeypatch.context() as patches:
-        patches.setattr(models, "MIGRATIONS", folder)
-        yield folder
+    monkeypatch.setattr(models, "MIGRATIONS", folder)
+    return folder
 
 
 class Old:
@@ -239,6 +238,7 @@ def test_every_row_and_every_column_is_still_there(
     assert (after.integrity, after.astray) == ("ok", [])
     added: dict[str, dict[str, object]] = {
         "user": {"status": "active", "status_reason": None},
+        "api_key": {"suspended_by_user": None},
         "call": {"member_window_at": None},
         "one_time_link": {"membership_id": None},
     }

@@ -142,6 +142,7 @@ def test_work_that_ran_twice_answers_once_and_right(db: Database) -> None:
         return count_up(tx)
 
     def fail(tx: Tx) -> None:
+        count_up(tx)
         raise errors.not_found()
 
     batch = Batch(db)
@@ -151,6 +152,29 @@ def test_work_that_ran_twice_answers_once_and_right(db: Database) -> None:
     assert len(runs) == 2
     assert answer == 1 == count_of(db)
     assert isinstance(failed, errors.Refusal)
+
+
+def test_who_is_refused_before_they_write_disturbs_nobody(db: Database) -> None:
+    runs: list[None] = []
+
+    def counted(tx: Tx) -> int:
+        runs.append(None)
+        return count_up(tx)
+
+    def refuse(tx: Tx) -> None:
+        tx.run("UPDATE account SET last_call = 7 WHERE id = 'nobody'")
+        raise errors.not_found()
+
+    batch = Batch(db)
+    for work in (counted, refuse, counted, refuse):
+        batch.add(work)
+    first, refused_first, second, refused_last = batch.finish()
+    assert (first, second, count_of(db)) == (1, 2, 2)
+    assert len(runs) == 2, "the batch was made anew"
+    assert isinstance(refused_first, errors.Refusal)
+    assert isinstance(refused_last, errors.Refusal)
+    refused("not_found", lambda: db.write(refuse))
+    assert db.write(count_up) == 3
 
 
 def test_jobs_that_wait_together_share_a_commit(db: Database) -> None:

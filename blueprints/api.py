@@ -51,7 +51,7 @@ def act(principal: Principal, work: Callable[[Tx, Bearer, Actor, int], T]) -> T:
 
 def require_owner(bearer: Bearer) -> None:
     """Raises `forbidden` for a member who tries what owners do."""
-    if bearer.role != "owner":
+    if not bearer.is_owner:
         raise Refusal("forbidden", "Only an owner of the account may do that.")
 
 

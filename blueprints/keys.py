@@ -53,7 +53,7 @@ def every() -> Response:
     limit, before = window()
     bearer, now = principal.bearer, clock.now_ms()
     assert bearer is not None  # `manager` let nobody else in
-    whose = None if bearer.role == "owner" else bearer.user_id
+    whose = None if bearer.is_owner else bearer.user_id
     with instance().db.reading() as tx:
         found = keys.newest(tx, bearer.account_id, whose, before, limit + 1)
     return page([(key.number, key.to_json(now)) for key in found], limit)
@@ -145,7 +145,7 @@ def resume(key_id: str) -> Response:
 
     def work(tx: Tx, bearer: Bearer, by: Actor, now: int) -> Key:
         key = keys.owned(tx, key_id, bearer)
-        keys.resume(tx, key.id, now, by, is_owner=bearer.role == "owner")
+        keys.resume(tx, key.id, now, by, is_owner=bearer.is_owner)
         return keys.get(tx, key_id)
 
     return _shown(act(principal, work))

@@ -77,10 +77,8 @@ def sign_in(user: User, method: str, password_hash: str | None = None) -> bool:
         # Asked again here: checking takes a while, and what ends all sign-ins ends this one too.
         current = users.get(tx, user.id)
         if current.status != "active":
-            raise Refusal(
-                "account_suspended", "You have been suspended.",
-                fields={"reason": current.status_reason},
-            )  # fmt: skip
+            told = f"You are not let in: this user is {current.status}."
+            raise Refusal("account_suspended", told, fields={"reason": current.status_reason})
         if password_hash is not None:
             found = users.password_of(tx, current.email or "")
             if found is None or found[1] != password_hash:

@@ -12,11 +12,12 @@ from pathlib import Path
 import apsw
 
 from config import FILE_NAME, Settings
-from core import incarnation, ledger, signing
+from core import clock, incarnation, ledger, session_tokens, sessions, signing
 from models import Database, Tx, check_database, flush, latest_schema
 
 DATABASE = "farebox.db"
 MANIFEST = "MANIFEST.json"  # the SHA-256 of every other member; the last, so a cut shows
+_FIRST_WITH_SESSIONS = 2  # schema
 _LARGEST_SMALL_FILE = 1024 * 1024
 
 
@@ -88,7 +89,8 @@ def backup(db: Database, settings: Settings, target: Path) -> None:
 
 
 def restore(folder: Path, source: Path) -> Path | None:
-    """Put an instance back from a backup; the folder what it replaced was moved to, if any.
+    """Put an instance back from a backup; the folder what it replaced was moved to, if any. Nobody
+    is signed in afterwards.
 
     Raises BackupError while a worker of this instance runs, and for a backup that is not sound.
     """
@@ -101,6 +103,7 @@ def restore(folder: Path, source: Path) -> Path | None:
         fault = verify_copy(new / DATABASE)
         if fault is not None:
             raise BackupError(f"{source} is not sound: {fault}")
+        _end_sign_ins(new / DATABASE)
         replaced = [folder / path.name for path in new.iterdir() if (folder / path.name).exists()]
         # A log left beside the old database would be played back into the new one.
         replaced += [path for path in folder.glob(f"{DATABASE}-*") if path not in replaced]
@@ -116,6 +119,20 @@ def restore(folder: Path, source: Path) -> Path | None:
             path.rename(folder / path.name)
             flush(folder / path.name)
     return aside
+
+
+def _end_sign_ins(copy: Path) -> None:
+    """End every session and token in a copy: those that were ended after it was made would live
+    again, and nobody could tell which."""
+    connection = apsw.Connection(str(copy))
+    try:
+        if connection.pragma("user_version") >= _FIRST_WITH_SESSIONS:
+            with connection:
+                tx, now = Tx(connection), clock.now_ms()
+                sessions.end_every(tx, now)
+                session_tokens.end(tx, now)
+    finally:
+        connection.close()
 
 
 def _extract(source: Path, target: Path) -> None:

@@ -243,7 +243,7 @@ def owned(tx: Tx, key_id: str, bearer: Bearer) -> Key:
     if row is None:
         raise errors.not_found()
     key = Key(*row)
-    if bearer.role != "owner" and key.user_id != bearer.user_id:
+    if not bearer.is_owner and key.user_id != bearer.user_id:
         raise errors.Refusal("forbidden", "Only an owner of the account may see this key.")
     return key
 

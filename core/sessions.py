@@ -153,6 +153,14 @@ def end_all(tx: Tx, user_id: str, now: int, by: Actor) -> int:
     return ended
 
 
+def end_every(tx: Tx, now: int) -> None:
+    """End every session there is."""
+    tx.run(
+        "UPDATE session SET ended_at = :now, cookie_hash = NULL WHERE ended_at IS NULL",
+        {"now": now},
+    )
+
+
 def traded_for(tx: Tx, token_id: str, now: int) -> Session | None:
     """The session an outside token was traded for before, if it has not ended."""
     row = tx.row(

@@ -82,10 +82,10 @@ def made(box: Box, who: Person, **terms: Any) -> dict[str, Any]:
     return shown
 
 
-def suspended_if_resumed(box: Box, verb: str, key_id: str) -> None:
-    """What is to be resumed has to be suspended first, by its owner."""
+def suspended_if_resumed(box: Box, verb: str, key_id: str, who: str = "user_of_the_tests") -> None:
+    """What is to be resumed has to be suspended first, by somebody of its account."""
     if verb == "resume":
-        by, now = Actor("user_of_the_tests"), clock.now_ms()
+        by, now = Actor(who), clock.now_ms()
         box.write(lambda tx: keys.suspend(tx, key_id, None, now, by))
 
 
@@ -149,7 +149,7 @@ def test_owners_manage_all_keys_members_their_own_and_strangers_none(
     box: Box, home: House, verb: str, who: str, whose: str, outcome: Any
 ) -> None:
     key_id = box.key(home.account)[1] if whose == "nobody" else made(box, home[whose])["id"]
-    suspended_if_resumed(box, verb, key_id)
+    suspended_if_resumed(box, verb, key_id, home[who].id)
     before = everything(box)
     answer = do(box, verb, key_id, home[who].token)
     if outcome == 200:

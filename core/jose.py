@@ -8,7 +8,7 @@ import json
 import re
 from base64 import urlsafe_b64decode
 from collections import OrderedDict
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -43,6 +43,7 @@ class Parsed(NamedTuple):
         return self.token.rpartition(".")[0].encode()
 
 
+@lru_cache(maxsize=2000)
 def parse(token: str) -> Parsed:
     """A compact token taken apart. Raises `invalid_token`."""
     if len(token) > LONGEST or not _FORM.fullmatch(token):

@@ -21,8 +21,7 @@ LIFE_MS = signing.LIFE_SECONDS * 1000
 _ID = re.compile(r"[a-z]+_[0-9a-f]{24}")  # as `tokens.new_id` makes them
 _KEPT_MS = 2 * clock.DAY_MS  # after its end: a clock that steps back a day revives nothing
 _ALIVE = (
-    " FROM session_token t JOIN user u ON u.id = t.user_id"
-    " JOIN account a ON a.id = t.account_id"
+    " JOIN user u ON u.id = t.user_id"
     " JOIN membership m ON m.account_id = t.account_id AND m.user_id = t.user_id"
     " LEFT JOIN session s ON s.id = t.session_id"
     " WHERE t.id = :token_id AND t.ended_at IS NULL AND t.expires_at > :token_now"
@@ -65,7 +64,7 @@ def find(tx: Tx, token_id: str, now: int) -> Bearer | None:
     row = tx.row(
         "SELECT t.id, t.session_id, t.user_id, t.account_id, t.expires_at, m.role, u.is_operator,"
         " m.credit_limit, m.credit_period, u.status, u.status_reason, a.status, a.status_reason"
-        + _ALIVE,
+        f" FROM session_token t JOIN account a ON a.id = t.account_id{_ALIVE}",
         {"token_id": token_id, "token_now": now},
     )
     return None if row is None else Bearer(*row)
@@ -74,7 +73,7 @@ def find(tx: Tx, token_id: str, now: int) -> Bearer | None:
 def still_valid(token_id: str, now: int) -> Guard:
     """What must still hold in the transaction that acts on a token."""
     return Guard(
-        f"EXISTS (SELECT 1{_ALIVE} AND u.status = 'active')",
+        f"EXISTS (SELECT 1 FROM session_token t{_ALIVE} AND u.status = 'active')",
         {"token_id": token_id, "token_now": now},
     )
 

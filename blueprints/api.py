@@ -18,7 +18,6 @@ from models import Tx
 
 T = TypeVar("T")
 B = TypeVar("B", bound=msgspec.Struct)
-Row = TypeVar("Row")
 
 MOST_PER_PAGE = 100
 _LARGEST_BODY = 64 * 1024

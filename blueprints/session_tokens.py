@@ -7,7 +7,7 @@ from flask_login import current_user
 from blueprints.api import manager, parsed, raw_body
 from blueprints.rendering import client_address, instance, json_response
 from blueprints.visitors import check_csrf, origin
-from core import access, clock, session_tokens, sessions
+from core import access, clock, errors, session_tokens, sessions
 from core.audit import Actor
 from core.errors import Refusal
 from core.session_tokens import Bearer
@@ -75,7 +75,7 @@ def _session_of(bearer: Bearer) -> Session:
 
     def work(tx: Tx) -> Session:
         if session_tokens.find(tx, bearer.token_id, now) is None:
-            raise Refusal("invalid_token", "This session token is not valid.")
+            raise errors.invalid_token()
         known = sessions.traded_for(tx, bearer.token_id, now)
         return known or sessions.start(tx, bearer.user_id, traded, now)
 

@@ -130,7 +130,7 @@ def _end_sign_ins(copy: Path) -> None:
             with connection:
                 tx, now = Tx(connection), clock.now_ms()
                 sessions.end_every(tx, now)
-                session_tokens.end(tx, now)
+                session_tokens.end_every(tx, now)
     finally:
         connection.close()
 

@@ -337,6 +337,7 @@ def revoke_all(
     """End every key of an account, of a person, or of a person in an account."""
     wanted = {"account_id": account_id, "user_id": user_id}
     given = {column: value for column, value in wanted.items() if value is not None}
+    assert given, "whose?"  # a name that is missing by mistake must not stand for everybody
     conditions = "".join(f" AND {column} = :{column}" for column in given)
     revoked = tx.rows(
         f"UPDATE api_key SET status = 'revoked', {_NO_PREVIOUS}"

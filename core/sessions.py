@@ -143,14 +143,7 @@ def end(tx: Tx, session_id: str, user_id: str, now: int, by: Actor) -> bool:
 
 def end_all(tx: Tx, user_id: str, now: int, by: Actor) -> int:
     """End every session of a person; how many there were."""
-    ended = tx.run(
-        "UPDATE session SET ended_at = :now, cookie_hash = NULL"
-        " WHERE user_id = :user AND ended_at IS NULL",
-        {"user": user_id, "now": now},
-    )
-    if ended:
-        audit.note(tx, by, "session.all_ended", now, _account(tx, user_id), user_id, count=ended)
-    return ended
+    return end_alike(tx, user_id, "", now, by)
 
 
 def end_every(tx: Tx, now: int) -> None:
@@ -173,8 +166,9 @@ def traded_for(tx: Tx, token_id: str, now: int) -> Session | None:
 
 def end_alike(
     tx: Tx, user_id: str, method: str, now: int, by: Actor, keep: str | None = None
-) -> None:
-    """End a person's sessions that began that way (`oidc:` for whichever provider), but for one."""
+) -> int:
+    """End a person's sessions that began that way (`oidc:` for whichever provider), but for one;
+    how many there were."""
     ended = tx.run(
         "UPDATE session SET ended_at = :now, cookie_hash = NULL WHERE user_id = :user"
         " AND ended_at IS NULL AND substr(method, 1, :length) = :method AND id <> :keep",
@@ -185,6 +179,7 @@ def end_alike(
     )  # fmt: skip
     if ended:
         audit.note(tx, by, "session.all_ended", now, _account(tx, user_id), user_id, count=ended)
+    return ended
 
 
 def end_traded(tx: Tx, now: int, token_id: str) -> None:

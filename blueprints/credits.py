@@ -81,12 +81,10 @@ def summary() -> Response:
     by = request.args.get("by", "day")
     if by not in calls.SUMMARIES:
         raise errors.invalid_body(f"`by` is one of {', '.join(calls.SUMMARIES)}.", "by")
-    now = clock.now_ms()
-    until = _moment("to")
-    until = now + 1 if until is None else until
-    since = _moment("from")
-    since = until - _DEFAULT_SPAN_MS if since is None else since
-    if not 0 <= until - since <= _LONGEST_SPAN_MS:
+    until, since = _moment("to"), _moment("from")
+    end = clock.now_ms() + 1 if until is None else until
+    since = end - _DEFAULT_SPAN_MS if since is None else since
+    if not 0 <= end - since <= _LONGEST_SPAN_MS:
         raise errors.invalid_body("`from` lies before `to`, by a year at most.", "from")
     rows = calls.summary(instance().db, principal.account_id, by, since, until)
     return json_response({"data": rows})

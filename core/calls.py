@@ -1,9 +1,11 @@
 """The record of calls, read. (`core/ledger.py` writes it, because a call is a hold.)"""
 
-from decimal import Decimal, localcontext
-from typing import Any
+from collections.abc import Iterable
+from decimal import Decimal
+from typing import Any, NamedTuple
 
-from core import clock
+from core import clock, daily
+from core.daily import Group
 from models import Database, Tx
 
 _COLUMNS = (
@@ -13,30 +15,38 @@ _COLUMNS = (
 )
 _NAMES = _COLUMNS.replace(" ", "").split(",")
 _NEWEST = 10**15
-# What `summary` can group by: the expression of each.
-SUMMARIES = {
-    "member": "user_id",
-    "key": "key_id",
-    "route": "route",
-    "model": "model",
-    "day": f"created_at / {clock.DAY_MS}",
-}
+STATUSES = ("held", "captured", "voided")
+SUMMARIES = ("member", "key", "route", "model", "day")  # what `summary` can group by
+
+
+class Filter(NamedTuple):
+    """Which calls are wanted; None of a field means any. Times are milliseconds."""
+
+    key_id: str | None = None
+    route: str | None = None
+    status: str | None = None
+    since: int | None = None
+    until: int | None = None  # not counted itself
 
 
 def page(
     db: Database, account_id: str, key_id: str | None, before: int | None, limit: int
 ) -> list[tuple[int, dict[str, Any]]]:
     """An account's calls, newest first, each with its number; of one key only, if given."""
-    rows = db.rows(
-        f"SELECT {_COLUMNS} FROM call WHERE {_of(key_id)} AND number < :before"
-        " ORDER BY number DESC LIMIT :limit",
-        {
-            "account": account_id,
-            "key_id": key_id,
-            "before": _NEWEST if before is None else before,
-            "limit": limit,
-        },
-    )
+    return find(db, account_id, Filter(key_id), before, limit)
+
+
+def find(
+    db: Database, account_id: str, wanted: Filter, before: int | None, limit: int
+) -> list[tuple[int, dict[str, Any]]]:
+    """An account's calls that pass a filter, newest first, each with its number."""
+    with db.reading() as tx:
+        conditions, params = _conditions(tx, account_id, wanted)
+        rows = tx.rows(
+            f"SELECT {_COLUMNS} FROM call WHERE {conditions} AND number < :before"
+            " ORDER BY number DESC LIMIT :limit",
+            params | {"before": _NEWEST if before is None else before, "limit": limit},
+        )
     return [(row[0], _to_json(row)) for row in rows]
 
 
@@ -63,34 +73,133 @@ def ids_of_request(tx: Tx, request_id: str) -> list[str]:
     return [request_id] if request_id in found else found
 
 
-def summary(db: Database, account_id: str, by: str, since: int, until: int) -> list[dict[str, Any]]:
+def summary(
+    db: Database, account_id: str, by: str, since: int, until: int | None
+) -> list[dict[str, Any]]:
     """What an account's calls of a span of time come to, by one of `SUMMARIES`: the most credits
     first, or the days in order. Calls in flight count as calls."""
-    # Costs are exact decimals kept as text, so equal ones are counted here and added up below.
-    rows = db.rows(
-        f"SELECT {SUMMARIES[by]}, cost_usd, COUNT(*), SUM(captured),"
-        " SUM(CASE WHEN status = 'voided' THEN 1 ELSE 0 END) FROM call"
-        " WHERE account_id = :account AND created_at >= :since AND created_at < :until"
-        " GROUP BY 1, 2",
-        {"account": account_id, "since": since, "until": until},
-    )
-    found: dict[Any, dict[str, Any]] = {}
-    for value, cost, count, captured, failed in rows:
-        name = clock.rfc3339(value * clock.DAY_MS)[:10] if by == "day" else value
-        total = found.setdefault(
-            name, {by: name, "calls": 0, "captured": 0, "failed": 0, "cost_usd": Decimal(0)}
+    with db.snapshot() as tx:
+        found = groups(tx, account_id, Filter(since=since, until=until))
+    totals = []
+    for value, those in _by(found, by).items():
+        total = add_up(those)
+        name = clock.rfc3339(value * clock.DAY_MS)[:10] if by == "day" else value or None
+        totals.append(
+            {
+                by: name,
+                "calls": total.calls,
+                "captured": total.captured,
+                "failed": total.failed,
+                "cost_usd": format(total.cost_usd, "f"),
+            }
         )
-        total["calls"] += count
-        total["captured"] += captured
-        total["failed"] += failed
-        with localcontext(prec=60):
-            total["cost_usd"] += Decimal(cost or 0) * count
-    totals = list(found.values())
-    for total in totals:
-        total["cost_usd"] = format(total["cost_usd"], "f")
     if by == "day":
         return sorted(totals, key=lambda total: str(total["day"]))
     return sorted(totals, key=lambda total: (-total["captured"], str(total[by])))
+
+
+class Total(NamedTuple):
+    """What some calls come to."""
+
+    calls: int
+    failed: int
+    captured: int
+    cost_usd: Decimal
+
+
+def add_up(found: Iterable[Group]) -> Total:
+    """The total of some groups."""
+    these = list(found)
+    return Total(
+        sum(group.calls for group in these),
+        sum(group.failed for group in these),
+        sum(group.captured for group in these),
+        daily.added(group.cost_usd for group in these),
+    )
+
+
+def groups(tx: Tx, account_id: str, wanted: Filter) -> list[Group]:
+    """What the calls that pass a filter, its status aside, come to by day, key, person, route and
+    model. Whole days are read from their sums, what is cut off and what is in flight from the calls
+    themselves."""
+    wanted = wanted._replace(status=None)
+    since = 0 if wanted.since is None else max(0, wanted.since)
+    until = clock.now_ms() + 1 if wanted.until is None else max(since, wanted.until)
+    first, last = -(-since // clock.DAY_MS), until // clock.DAY_MS - 1
+    if wanted.until is None:
+        last += 1  # nothing is later than now
+    if first > last + 1:  # within one day
+        return _counted(tx, account_id, wanted._replace(since=since, until=until))
+    found = daily.groups(tx, account_id, first, last, wanted.key_id, wanted.route)
+    edges = [(since, first * clock.DAY_MS), ((last + 1) * clock.DAY_MS, until)]
+    for start, end in edges:
+        if start < end:
+            found += _counted(tx, account_id, wanted._replace(since=start, until=end))
+    whole = wanted._replace(since=first * clock.DAY_MS, until=(last + 1) * clock.DAY_MS)
+    return found + _counted(tx, account_id, whole._replace(status="held"))
+
+
+def _counted(tx: Tx, account_id: str, wanted: Filter) -> list[Group]:
+    """The sums of calls, from the calls themselves."""
+    conditions, params = _conditions(tx, account_id, wanted)
+    rows = tx.rows(
+        f"SELECT created_at / {clock.DAY_MS}, COALESCE(key_id, ''), COALESCE(user_id, ''), route,"
+        " COALESCE(model, ''), cost_usd, COUNT(*),"
+        " SUM(CASE WHEN status = 'voided' THEN 1 ELSE 0 END), SUM(captured), MIN(number),"
+        f" MAX(number) FROM call WHERE {conditions} GROUP BY 1, 2, 3, 4, 5, 6",
+        params,
+    )
+    # Costs are exact decimals kept as text, so equal ones are counted there and multiplied here.
+    return [
+        Group(*row[:5], *row[6:9], daily.added(iter([Decimal(row[5] or 0) * row[6]])), *row[9:])
+        for row in rows
+    ]
+
+
+def _by(found: list[Group], by: str) -> dict[Any, list[Group]]:
+    field = {"member": "user_id", "key": "key_id"}.get(by, by)
+    split: dict[Any, list[Group]] = {}
+    for group in found:
+        split.setdefault(getattr(group, field), []).append(group)
+    return split
+
+
+def _conditions(tx: Tx, account_id: str, wanted: Filter) -> tuple[str, dict[str, Any]]:
+    """A filter as SQL. A span of time becomes a span of numbers too, as the daily sums know it,
+    because calls lie in the order of their numbers."""
+    found: list[tuple[str, dict[str, Any]]] = [("account_id = :account", {"account": account_id})]
+    if wanted.key_id is not None:
+        found.append(("key_id = :key_id", {"key_id": wanted.key_id}))
+    if wanted.route is not None:
+        found.append(("route = :route", {"route": wanted.route}))
+    if wanted.status in STATUSES:  # a literal, so that the partial indexes serve
+        found.append((f"status = '{wanted.status}'", {}))
+    if wanted.since is not None or wanted.until is not None:
+        since = wanted.since or 0
+        until = clock.now_ms() + clock.DAY_MS if wanted.until is None else wanted.until
+        span = {"since": since, "until": until}
+        found.append(("created_at >= :since AND created_at < :until", span))
+        if wanted.status != "held":  # those are few, and have an index of their own
+            low, high = _numbers(tx, account_id, since, until)
+            found.append(("number >= :low AND number <= :high", {"low": low, "high": high}))
+    params: dict[str, Any] = {}
+    for _, given in found:
+        params |= given
+    return " AND ".join(sql for sql, _ in found), params
+
+
+def _numbers(tx: Tx, account_id: str, since: int, until: int) -> tuple[int, int]:
+    """Between which numbers an account's calls of a span of time lie; none between 1 and 0."""
+    spans = [daily.numbers(tx, account_id, since // clock.DAY_MS, until // clock.DAY_MS)]
+    row = tx.row(
+        "SELECT MIN(number), MAX(number) FROM call WHERE account_id = :account AND status = 'held'",
+        {"account": account_id},
+    )
+    spans.append(None if row is None or row[0] is None else (row[0], row[1]))
+    known = [span for span in spans if span is not None]
+    if not known:
+        return 1, 0
+    return min(low for low, _ in known), max(high for _, high in known)
 
 
 def account_of(tx: Tx, call_id: str) -> str | None:

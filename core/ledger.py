@@ -7,8 +7,9 @@ whole credits. A function whose first argument is `tx` runs in the caller's tran
 
 from typing import Any, NamedTuple
 
-from core import audit, clock, errors, tokens
+from core import audit, clock, daily, errors, tokens
 from core.audit import Actor
+from core.daily import Ended
 from models import Database, Tx
 
 LARGEST_AMOUNT = 10**15
@@ -74,9 +75,7 @@ class Resolved(NamedTuple):
     standing: Standing
     captured: int
     released: int
-    account_id: str
-    key_id: str | None
-    user_id: str | None
+    call: Ended
     idempotency_key: str | None
     credit_window_at: int | None
     member_window_at: int | None
@@ -229,8 +228,8 @@ def _change_status(
 
 
 _ENDED = (
-    " RETURNING held, account_id, key_id, user_id, idempotency_key, credit_window_at,"
-    " member_window_at"
+    " RETURNING held, idempotency_key, credit_window_at, member_window_at, account_id, key_id,"
+    " user_id, route, model, number, created_at"
 )
 
 
@@ -258,21 +257,24 @@ def capture(tx: Tx, call_id: str, credits: int, outcome: Outcome, now: int) -> R
     )
     if row is None:
         return None
-    held, account_id, key_id, *rest = row
-    captured = min(held, credits)
+    held, *promises = row[:4]
+    call, captured = Ended(*row[4:]), min(held, credits)
     account = tx.row(
         "UPDATE account SET balance = balance - :captured, held = held - :held,"
         " open_calls = open_calls - 1, "
         " last_entry = last_entry + CASE WHEN :captured > 0 THEN 1 ELSE 0 END"
         " WHERE id = :account RETURNING balance, held, last_entry",
-        {"account": account_id, "captured": captured, "held": held},
+        {"account": call.account_id, "captured": captured, "held": held},
     )
     assert account is not None  # a call's account is never deleted
     balance, still_held, number = account
     if captured > 0:
-        _enter(tx, account_id, number, "capture", -captured, balance, call_id, None, now, key_id)
-    after = Standing(balance, still_held)
-    return Resolved(after, captured, held - captured, account_id, key_id, *rest)
+        _enter(
+            tx, call.account_id, number, "capture", -captured, balance, call_id, None, now,
+            call.key_id,
+        )  # fmt: skip
+    daily.add_call(tx, call, captured, False, outcome.cost_usd)
+    return Resolved(Standing(balance, still_held), captured, held - captured, call, *promises)
 
 
 def void(tx: Tx, call_id: str, outcome: Outcome) -> Resolved | None:
@@ -288,14 +290,16 @@ def void(tx: Tx, call_id: str, outcome: Outcome) -> Resolved | None:
     )
     if row is None:
         return None
-    held, account_id, *rest = row
+    held, *promises = row[:4]
+    call = Ended(*row[4:])
     account = tx.row(
         "UPDATE account SET held = held - :held, open_calls = open_calls - 1"
         " WHERE id = :account RETURNING balance, held",
-        {"account": account_id, "held": held},
+        {"account": call.account_id, "held": held},
     )
     assert account is not None  # a call's account is never deleted
-    return Resolved(Standing(*account), 0, held, account_id, *rest)
+    daily.add_call(tx, call, 0, True, None)
+    return Resolved(Standing(*account), 0, held, call, *promises)
 
 
 # Entries
@@ -380,6 +384,7 @@ def _enter(
             "now": now,
         },
     )
+    daily.add_entry(tx, account_id, kind, amount, number, now)
 
 
 def entries(
@@ -490,6 +495,7 @@ def verify(tx: Tx) -> tuple[Totals, list[str]]:
             " WHERE NOT EXISTS (SELECT 1 FROM account WHERE id = t.account_id)"
         )
     ]
+    faults += daily.faults(tx)
     counts = tx.row(
         "SELECT (SELECT COUNT(*) FROM account), (SELECT COUNT(*) FROM entry),"
         " (SELECT COUNT(*) FROM call), (SELECT COALESCE(SUM(balance), 0) FROM account),"

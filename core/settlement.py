@@ -22,7 +22,7 @@ def capture(
         _release_limit(tx, resolved)
         if resolved.idempotency_key is not None:
             key = resolved.idempotency_key
-            idempotency.keep(tx, resolved.account_id, key, call_id, answer)
+            idempotency.keep(tx, resolved.call.account_id, key, call_id, answer)
     return resolved
 
 
@@ -32,7 +32,8 @@ def void(tx: Tx, call_id: str, outcome: Outcome) -> Resolved | None:
     if resolved is not None:
         _release_limit(tx, resolved)
         if resolved.idempotency_key is not None:
-            idempotency.release(tx, resolved.account_id, resolved.idempotency_key, call_id)
+            account_id = resolved.call.account_id
+            idempotency.release(tx, account_id, resolved.idempotency_key, call_id)
     return resolved
 
 
@@ -40,10 +41,11 @@ def _release_limit(tx: Tx, resolved: Resolved) -> None:
     """Uncount what was not captured, from the key's limit and from the member's."""
     if not resolved.released:
         return
-    if resolved.credit_window_at is not None and resolved.key_id is not None:
-        limits.release_credits(tx, resolved.key_id, resolved.credit_window_at, resolved.released)
-    if resolved.member_window_at is not None and resolved.user_id is not None:
-        subject = members.limit_subject(resolved.account_id, resolved.user_id)
+    call = resolved.call
+    if resolved.credit_window_at is not None and call.key_id is not None:
+        limits.release_credits(tx, call.key_id, resolved.credit_window_at, resolved.released)
+    if resolved.member_window_at is not None and call.user_id is not None:
+        subject = members.limit_subject(call.account_id, call.user_id)
         limits.release_credits(tx, subject, resolved.member_window_at, resolved.released)
 
 

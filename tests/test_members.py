@@ -648,6 +648,7 @@ class Books:
             f"UPDATE call SET {column} = :v WHERE account_id = :a AND number = :n",
             v=value, a=self.home.account, n=number,
         )  # fmt: skip
+        self.box.sum_up()
 
     def calls(self) -> list[dict[str, Any]]:
         """All calls, as the owner reads them."""

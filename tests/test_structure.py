@@ -16,6 +16,9 @@ OWNERS = {
     "account": {"core/ledger.py"},
     "entry": {"core/ledger.py"},
     "call": {"core/ledger.py", "core/calls.py"},
+    "call_day": {"core/daily.py"},
+    "entry_day": {"core/daily.py"},
+    "voucher": {"core/vouchers.py"},
     "api_key": {"core/keys.py"},
     "user": {"core/users.py"},
     "identity": {"core/users.py"},
@@ -91,8 +94,8 @@ def test_only_the_ledger_writes_balances_and_entries() -> None:
         if path.name == "ledger.py":
             continue
         for text in strings(path):
-            assert "UPDATE account" not in text, path.name
-            assert "INTO entry" not in text, path.name
+            assert not re.search(r"UPDATE account\b", text), path.name
+            assert not re.search(r"INTO entry\b", text), path.name
 
 
 @pytest.mark.parametrize("path", CORE, ids=lambda p: p.name)

@@ -1,0 +1,212 @@
+"""Daily sums of ended calls and of entries, kept in the transaction that ends or enters them, so
+that they can never differ from what they add up; `ledger.verify` holds them against it."""
+
+from collections.abc import Iterator
+from decimal import Decimal, localcontext
+from typing import Any, NamedTuple
+
+from core import clock
+from models import Tx
+
+_PLACES = 60  # digits a sum of costs may have; decimal's default of 28 could round it
+
+
+class Ended(NamedTuple):
+    """A call that has just ended, as its daily sum wants to know it."""
+
+    account_id: str
+    key_id: str | None
+    user_id: str | None
+    route: str
+    model: str | None
+    number: int
+    created_at: int
+
+
+class Group(NamedTuple):
+    """What the calls of one day, key, person, route and model come to; '' stands for none."""
+
+    day: int
+    key_id: str
+    user_id: str
+    route: str
+    model: str
+    calls: int
+    failed: int
+    captured: int
+    cost_usd: Decimal
+    first_number: int
+    last_number: int
+
+
+def add_call(tx: Tx, call: Ended, captured: int, failed: bool, cost_usd: str | None) -> None:
+    """Count one ended call."""
+    group = {
+        "account": call.account_id,
+        "day": call.created_at // clock.DAY_MS,
+        "key": call.key_id or "",
+        "user": call.user_id or "",
+        "route": call.route,
+        "model": call.model or "",
+    }
+    tx.run(
+        "INSERT INTO call_day (account_id, day, key_id, user_id, route, model, calls, failed,"
+        " captured, cost_usd, first_number, last_number) VALUES (:account, :day, :key, :user,"
+        " :route, :model, 1, :failed, :captured, '0', :number, :number)"
+        " ON CONFLICT (account_id, day, key_id, user_id, route, model) DO UPDATE SET"
+        " calls = call_day.calls + 1, failed = call_day.failed + :failed,"
+        " captured = call_day.captured + :captured,"
+        " first_number = CASE WHEN call_day.first_number < :number THEN call_day.first_number"
+        " ELSE :number END,"
+        " last_number = CASE WHEN call_day.last_number > :number THEN call_day.last_number"
+        " ELSE :number END",
+        group | {"failed": int(failed), "captured": captured, "number": call.number},
+    )
+    if cost_usd is not None:
+        _add_cost(tx, group, cost_usd)
+
+
+def _add_cost(tx: Tx, group: dict[str, Any], cost_usd: str) -> None:
+    """Decimals are added here, because the database would add them as floats."""
+    this = (
+        " WHERE account_id = :account AND day = :day AND key_id = :key AND user_id = :user"
+        " AND route = :route AND model = :model"
+    )
+    row = tx.row(f"SELECT cost_usd FROM call_day{this}", group)
+    assert row is not None  # it was written a moment ago
+    with localcontext(prec=_PLACES):
+        total = Decimal(row[0]) + Decimal(cost_usd)
+    tx.run(f"UPDATE call_day SET cost_usd = :cost{this}", group | {"cost": format(total, "f")})
+
+
+def add_entry(tx: Tx, account_id: str, kind: str, amount: int, number: int, now: int) -> None:
+    """Count one entry."""
+    tx.run(
+        "INSERT INTO entry_day (account_id, day, kind, entries, amount, first_number, last_number)"
+        " VALUES (:account, :day, :kind, 1, :amount, :number, :number)"
+        " ON CONFLICT (account_id, day, kind) DO UPDATE SET entries = entry_day.entries + 1,"
+        # Numbers only grow, whatever the clock does.
+        " amount = entry_day.amount + :amount, last_number = :number",
+        {
+            "account": account_id,
+            "day": now // clock.DAY_MS,
+            "kind": kind,
+            "amount": amount,
+            "number": number,
+        },
+    )
+
+
+# Reading
+
+
+def groups(
+    tx: Tx, account_id: str, first_day: int, last_day: int,
+    key_id: str | None = None, route: str | None = None,
+) -> list[Group]:  # fmt: skip
+    """The sums of an account's days from the first to the last, both counted."""
+    conditions = "" if key_id is None else " AND key_id = :key"
+    conditions += "" if route is None else " AND route = :route"
+    rows = tx.rows(
+        "SELECT day, key_id, user_id, route, model, calls, failed, captured, cost_usd,"
+        " first_number, last_number FROM call_day"
+        f" WHERE account_id = :account AND day >= :first AND day <= :last{conditions}",
+        {
+            "account": account_id, "first": first_day, "last": last_day,
+            **({} if key_id is None else {"key": key_id}),
+            **({} if route is None else {"route": route}),
+        },
+    )  # fmt: skip
+    return [Group(*row[:8], Decimal(row[8]), *row[9:]) for row in rows]
+
+
+def numbers(tx: Tx, account_id: str, first_day: int, last_day: int) -> tuple[int, int] | None:
+    """The first and last number of the calls that began in those days and have ended."""
+    row = tx.row(
+        "SELECT MIN(first_number), MAX(last_number) FROM call_day"
+        " WHERE account_id = :account AND day >= :first AND day <= :last",
+        {"account": account_id, "first": first_day, "last": last_day},
+    )
+    return None if row is None or row[0] is None else (row[0], row[1])
+
+
+def added(costs: Iterator[Decimal]) -> Decimal:
+    """The exact sum of costs."""
+    with localcontext(prec=_PLACES):
+        return sum(costs, Decimal(0))
+
+
+class Kind(NamedTuple):
+    """What an account's entries of one kind come to in some days."""
+
+    kind: str
+    entries: int
+    amount: int
+    first_number: int
+    last_number: int
+
+
+def kinds(tx: Tx, account_id: str, first_day: int, last_day: int) -> list[Kind]:
+    """An account's entries of those days by kind."""
+    rows = tx.rows(
+        "SELECT kind, SUM(entries), SUM(amount), MIN(first_number), MAX(last_number)"
+        " FROM entry_day WHERE account_id = :account AND day >= :first AND day <= :last"
+        " GROUP BY kind ORDER BY kind",
+        {"account": account_id, "first": first_day, "last": last_day},
+    )
+    return [Kind(*row) for row in rows]
+
+
+def entered_by_day(tx: Tx, account_id: str, kind: str, first_day: int, last_day: int
+) -> list[tuple[int, int, int]]:  # fmt: skip
+    """Day, count and amount of an account's entries of one kind, in order."""
+    rows = tx.rows(
+        "SELECT day, entries, amount FROM entry_day WHERE account_id = :account"
+        " AND kind = :kind AND day >= :first AND day <= :last ORDER BY day",
+        {"account": account_id, "kind": kind, "first": first_day, "last": last_day},
+    )
+    return [(row[0], row[1], row[2]) for row in rows]
+
+
+def balance_before(tx: Tx, account_id: str, day: int) -> int:
+    """What an account's entries up to that day come to."""
+    row = tx.row(
+        "SELECT COALESCE(SUM(amount), 0) FROM entry_day WHERE account_id = :account AND day < :day",
+        {"account": account_id, "day": day},
+    )
+    assert row is not None  # an aggregate always answers
+    return int(row[0])
+
+
+# Proof
+
+
+def faults(tx: Tx) -> list[str]:
+    """Sums that differ from what they are of. A backup of an earlier version has none."""
+    if not tx.row("SELECT 1 FROM sqlite_master WHERE name = 'call_day'"):
+        return []
+    wrong = [
+        f"{account}: day {day} of its calls is not summed up rightly"
+        for account, day in tx.rows(
+            "SELECT DISTINCT account_id, day FROM (SELECT * FROM ("
+            "SELECT account_id, created_at / 86400000 AS day, COALESCE(key_id, '') AS k,"
+            " COALESCE(user_id, '') AS u, route, COALESCE(model, '') AS m, COUNT(*) AS n,"
+            " SUM(CASE WHEN status = 'voided' THEN 1 ELSE 0 END), SUM(captured), MIN(number),"
+            " MAX(number) FROM call WHERE status <> 'held' GROUP BY 1, 2, 3, 4, 5, 6"
+            " UNION ALL SELECT account_id, day, key_id, user_id, route, model, calls, failed,"
+            " captured, first_number, last_number FROM call_day) b"
+            # What is on both sides is there twice.
+            " GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 HAVING COUNT(*) <> 2) t"
+        )
+    ]
+    wrong += [
+        f"{account}: day {day} of its entries is not summed up rightly"
+        for account, day in tx.rows(
+            "SELECT DISTINCT account_id, day FROM (SELECT * FROM ("
+            "SELECT account_id, created_at / 86400000 AS day, kind, COUNT(*) AS n, SUM(amount),"
+            " MIN(number), MAX(number) FROM entry GROUP BY 1, 2, 3"
+            " UNION ALL SELECT account_id, day, kind, entries, amount, first_number, last_number"
+            " FROM entry_day) b GROUP BY 1, 2, 3, 4, 5, 6, 7 HAVING COUNT(*) <> 2) t"
+        )
+    ]
+    return wrong

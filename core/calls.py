@@ -151,8 +151,7 @@ def _counted(tx: Tx, account_id: str, wanted: Filter) -> list[Group]:
     )
     # Costs are exact decimals kept as text, so equal ones are counted there and multiplied here.
     return [
-        Group(*row[:5], *row[6:9], daily.added(iter([Decimal(row[5] or 0) * row[6]])), *row[9:])
-        for row in rows
+        Group._make((*row[:5], *row[6:9], daily.times(row[5], row[6]), *row[9:])) for row in rows
     ]
 
 

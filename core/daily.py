@@ -117,7 +117,7 @@ def groups(
             **({} if route is None else {"route": route}),
         },
     )  # fmt: skip
-    return [Group(*row[:8], Decimal(row[8]), *row[9:]) for row in rows]
+    return [Group._make((*row[:8], Decimal(row[8]), *row[9:])) for row in rows]
 
 
 def numbers(tx: Tx, account_id: str, first_day: int, last_day: int) -> tuple[int, int] | None:
@@ -134,6 +134,12 @@ def added(costs: Iterator[Decimal]) -> Decimal:
     """The exact sum of costs."""
     with localcontext(prec=_PLACES):
         return sum(costs, Decimal(0))
+
+
+def times(cost_usd: str | None, count: int) -> Decimal:
+    """The exact cost of so many calls; one that is not known counts as none."""
+    with localcontext(prec=_PLACES):
+        return Decimal(cost_usd or 0) * count
 
 
 class Kind(NamedTuple):

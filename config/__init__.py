@@ -80,6 +80,7 @@ class Settings:
     issuer_pems: dict[str, str]  # `iss` → the text of its pem_file, of issuers that have one
     oidc: dict[str, OidcSection]
     smtp: SmtpSection | None
+    credit_low: int | None  # at or below so many credits people are told that they run low
     # What no log may show: the instance's keys, what others are sent, and all that came by ${NAME}.
     secrets: frozenset[str]
 
@@ -167,6 +168,7 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         issuer_pems=issuer_pems,
         oidc={name: _labelled(name, section) for name, section in file.oidc.items()},
         smtp=file.smtp,
+        credit_low=file.alerts.credit_low,
         secrets=frozenset(filter(None, {secret_key, operator_key, *interpolated, *_written(file)})),
     )
 

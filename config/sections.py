@@ -131,6 +131,12 @@ class SmtpSection(Section, frozen=True):
         return unquote(parts.username), unquote(parts.password)
 
 
+class AlertsSection(Section, frozen=True):
+    """When people are told of something before it stops them."""
+
+    credit_low: Credits | None = None
+
+
 class File(Section, frozen=True):
     """The whole of it."""
 
@@ -141,6 +147,7 @@ class File(Section, frozen=True):
     issuers: list[IssuerSection] = []
     oidc: dict[str, OidcSection] = {}
     smtp: SmtpSection | None = None
+    alerts: AlertsSection = AlertsSection()
 
 
 def is_loopback(host: str) -> bool:

@@ -820,6 +820,7 @@ def test_every_command_of_the_contract_is_there(box: Box) -> None:
         "tokens": {"mint", "rotate-key", "deny", "allow"},
         "keys": {"add", "list", "revoke", "suspend", "resume"},
         "credits": {"grant", "adjust", "refund", "balance"},
+        "vouchers": {"add", "list", "cancel"},
         "ledger": {"verify"},
     }
     for group, commands in wanted.items():

@@ -137,6 +137,10 @@ REFUSED: list[tuple[str, str]] = [
     # Keys nobody knows.
     ("nonsense = 1", "$.nonsense"),
     ("[nonsense]", "$.nonsense"),
+    # Sections that this version does not have yet.
+    ("[webhooks]\nallow_private = true", "$.webhooks"),
+    ("[x402]\ntopup_credits = 100", "$.x402"),
+    ("[[models]]\nid = 'm'", "$.models"),
     ("[instance]\nkey_prefx = 'a'", "$.instance.key_prefx"),
     ("[limits]\nper_hour = 1", "$.limits.per_hour"),
     (api(bass_url='"https://x.example"'), "$.upstreams.api.bass_url"),
@@ -383,6 +387,16 @@ REFUSED: list[tuple[str, str]] = [
     (oidc(scope='"openid, email"'), "$.oidc.google.scope"),
     (oidc(scope='["openid"]'), "$.oidc.google.scope"),
     # Mail.
+    # When to warn.
+    ("alerts = 100", "$.alerts"),
+    ("[[alerts]]\ncredit_low = 100", "$.alerts"),
+    ("[alerts]\ncredits_low = 100", "$.alerts.credits_low"),
+    ("[alerts]\ncredit_low = -1", "$.alerts.credit_low"),
+    ("[alerts]\ncredit_low = 1.5", "$.alerts.credit_low"),
+    ("[alerts]\ncredit_low = '100'", "$.alerts.credit_low"),
+    ("[alerts]\ncredit_low = true", "$.alerts.credit_low"),
+    ("[alerts]\ncredit_low = 10000000000000000", "$.alerts.credit_low"),
+    # The mail server.
     ("smtp = 5", "$.smtp"),
     (smtp(typo="1"), "$.smtp.typo"),
     (smtp(url=None), "$.smtp.url"),
@@ -792,6 +806,19 @@ def test_nobody_else_is_known_unless_it_was_said(tmp_path: Path) -> None:
     assert (settings.oidc, settings.smtp) == ({}, None)
 
 
+@pytest.mark.parametrize(
+    ("config", "credits"),
+    [
+        ("", None), ("[alerts]\n", None), ("[alerts]\ncredit_low = 100", 100),
+        ("[alerts]\ncredit_low = 0", 0), ("[alerts]\ncredit_low = 1000000000", 10**9),
+    ],
+)  # fmt: skip
+def test_when_credits_run_low_is_told_or_left_to_their_pace(
+    tmp_path: Path, config: str, credits: int | None
+) -> None:
+    assert told(tmp_path / "i", GOOD + config).credit_low == credits
+
+
 def test_only_an_issuers_file_needs_cryptography(tmp_path: Path) -> None:
     told(tmp_path / "i", issuer() + oidc() + smtp())
     program = "import config, sys; config.load(); sys.exit('cryptography' in sys.modules)"
@@ -832,6 +859,7 @@ def test_the_commented_lines_of_the_first_config_load_too(tmp_path: Path) -> Non
     assert [section.issuer for section in settings.issuers] == ["privy.io"]
     assert set(settings.oidc) == {"google"}
     assert settings.smtp is not None
+    assert settings.credit_low == 100
 
 
 CONTRACT = """

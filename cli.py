@@ -27,6 +27,7 @@ from core import (
     sessions,
     tokens,
     users,
+    vouchers,
 )  # fmt: skip
 from core import backup as backups
 from core.adapters import Inbound
@@ -64,13 +65,14 @@ accounts_group = AppGroup("accounts", help="Accounts. WHO is an e-mail, a did:�
 tokens_group = AppGroup("tokens", help="Session tokens, ours and outside issuers'.")
 keys_group = AppGroup("keys", help="API keys.")
 credits_group = AppGroup("credits", help="Balances. WHO is an e-mail, a did:… or an acct_….")
+vouchers_group = AppGroup("vouchers", help="Codes that become credits, once.")
 ledger_group = AppGroup("ledger", help="The books.")
 
 
 def register(app: Flask) -> None:
     """Give the app its commands."""
     for group in (users_group, accounts_group, tokens_group, keys_group, credits_group,
-                  ledger_group):  # fmt: skip
+                  vouchers_group, ledger_group):  # fmt: skip
         app.cli.add_command(group)
     for single in (audit_command, backup, restore, doctor_command, price):
         app.cli.add_command(single)
@@ -467,6 +469,44 @@ def balance(who: str) -> None:
     """Print the available credits, the number alone."""
     with instance().db.reading() as tx:
         click.echo(ledger.standing(tx, users.account_of(tx, who)).available)
+
+
+# vouchers
+
+
+@vouchers_group.command("add")
+@click.argument("credits", metavar="N", type=WholeNumber(least=1))
+@click.option("--count", type=WholeNumber(least=1), default=1, show_default=True)
+@click.option("--note", help="Who or what they are for; shown to operators alone.")
+@plainly
+def add_vouchers(credits: int, count: int, note: str | None) -> None:
+    """Print codes worth N credits each, one a line, alone. They are not shown again."""
+    now = clock.now_ms()
+    for code in write(lambda tx: vouchers.make(tx, credits, count, note, now, COMMAND_LINE)):
+        click.echo(code)
+
+
+@vouchers_group.command("list")
+@plainly
+def list_vouchers() -> None:
+    """One voucher a line, newest first: id, credits, status, the account it went to, note."""
+    before = None
+    with instance().db.reading() as tx:
+        while page := vouchers.page(tx, before, 500):
+            for voucher in page:
+                fields = [voucher.id, str(voucher.credits), voucher.status]
+                fields += [text for text in (voucher.account_id, voucher.note) if text is not None]
+                click.echo(" ".join(fields))
+            before = page[-1].number
+
+
+@vouchers_group.command("cancel")
+@click.argument("voucher_id", metavar="ID")
+@plainly
+def cancel_voucher(voucher_id: str) -> None:
+    """End a voucher nobody has redeemed."""
+    now = clock.now_ms()
+    write(lambda tx: vouchers.cancel(tx, voucher_id, now, COMMAND_LINE))
 
 
 # the books

@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Callable
-from decimal import Decimal, localcontext
 from typing import Any
 
+import msgspec
 from flask import Blueprint, Response, request
 
-from blueprints.api import manager, page, reader, timestamp, window
-from blueprints.rendering import instance, json_response
-from core import calls, clock, errors, ledger, users
+from blueprints.api import act, manager, page, parsed, raw_body, reader, timestamp, window
+from blueprints.rendering import client_address, instance, json_response
+from core import calls, clock, errors, ledger, users, vouchers
 from core.access import Principal
 from core.ledger import Standing
 
@@ -17,6 +17,10 @@ blueprint = Blueprint("credits", __name__)
 
 _DEFAULT_SPAN_MS = 30 * clock.DAY_MS
 _LONGEST_SPAN_MS = 366 * clock.DAY_MS
+
+
+class _Code(msgspec.Struct, forbid_unknown_fields=True):
+    code: str
 
 
 @blueprint.get("/api/v1/account")
@@ -32,7 +36,7 @@ def account() -> Response:
             "account": principal.account_id,
             "privyUserId": privy_id,
             "wallets": [],
-            "usd_value": _dollars(standing.available),
+            "usd_value": instance().worth(standing.available),
         }
     )
 
@@ -48,7 +52,7 @@ def account_in_short() -> Response:
         {
             "wallet": None,
             "credits_remaining": standing.available,
-            "usdc_value": float(_dollars(standing.available)),
+            "usdc_value": float(instance().worth(standing.available)),
             "last_topup_at": clock.rfc3339_or_none(last_topup),
             "api_key_created_at": clock.rfc3339_or_none(made),
         }
@@ -90,6 +94,31 @@ def summary() -> Response:
     return json_response({"data": rows})
 
 
+@blueprint.post("/api/v1/credits/redeem")
+def redeem() -> Response:
+    """Turn a voucher's code into credits of the token's account."""
+    raw = raw_body()
+    principal = manager()
+    _count_attempt(principal)
+    code = parsed(raw, _Code).code
+    credits, after = act(
+        principal,
+        lambda tx, bearer, by, now: vouchers.redeem(tx, code, bearer.account_id, now, by),
+    )
+    return json_response({"success": True, "creditsAdded": credits, "credits": after.available})
+
+
+def _count_attempt(principal: Principal) -> None:
+    """Whoever guesses codes is soon told to wait. Raises `rate_limited`."""
+    client, now = client_address(request.environ), clock.now_ms()
+    most = instance().settings.limits.failed_auth_per_minute
+    rate = instance().db.write(
+        lambda tx: vouchers.count_attempt(tx, client, principal.account_id, most, now)
+    )
+    if rate.exceeded:
+        raise errors.rate_limited("Too many codes were tried in this minute.", rate.reset_seconds)
+
+
 def _moment(name: str) -> int | None:
     """A time of the query, or a day, which is its first moment in UTC."""
     text = request.args.get(name)
@@ -108,12 +137,3 @@ def _page(read: Callable[..., list[tuple[int, dict[str, Any]]]]) -> Response:
 def _standing(principal: Principal) -> Standing:
     with instance().db.reading() as tx:
         return ledger.standing(tx, principal.account_id)
-
-
-def _dollars(credits: int) -> str:
-    """The exact worth of so many credits, with at least the two places of a cent."""
-    with localcontext(prec=60):  # the default of 28 digits could round the largest balances
-        worth = instance().settings.usd_per_credit * credits
-        exponent = worth.as_tuple().exponent
-        assert isinstance(exponent, int)  # a finite number's is
-        return format(worth.quantize(Decimal("0.01")) if exponent > -2 else worth, "f")

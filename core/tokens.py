@@ -6,6 +6,7 @@ import secrets
 import zlib
 
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+CROCKFORD = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # base32 without what people take for another
 
 # An API key is `<prefix>_live_` and 32 characters: a public lookup id, the secret, a checksum.
 LOOKUP_LENGTH = 8
@@ -17,9 +18,9 @@ KEY_PATTERN = PREFIX_PATTERN + r"_live_[A-Za-z0-9]{32}"
 _KEY = re.compile(rf"{PREFIX_PATTERN}_live_([A-Za-z0-9]{{{LOOKUP_LENGTH}}})[A-Za-z0-9]{{24}}")
 
 
-def random_text(length: int) -> str:
+def random_text(length: int, alphabet: str = ALPHABET) -> str:
     """`length` random letters and digits."""
-    return "".join(secrets.choice(ALPHABET) for _ in range(length))
+    return "".join(secrets.choice(alphabet) for _ in range(length))
 
 
 def new_id(kind: str) -> str:

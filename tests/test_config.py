@@ -386,7 +386,6 @@ REFUSED: list[tuple[str, str]] = [
     (oidc(scope='"openid  email"'), "$.oidc.google.scope"),
     (oidc(scope='"openid, email"'), "$.oidc.google.scope"),
     (oidc(scope='["openid"]'), "$.oidc.google.scope"),
-    # Mail.
     # When to warn.
     ("alerts = 100", "$.alerts"),
     ("[[alerts]]\ncredit_low = 100", "$.alerts"),
@@ -396,7 +395,7 @@ REFUSED: list[tuple[str, str]] = [
     ("[alerts]\ncredit_low = '100'", "$.alerts.credit_low"),
     ("[alerts]\ncredit_low = true", "$.alerts.credit_low"),
     ("[alerts]\ncredit_low = 10000000000000000", "$.alerts.credit_low"),
-    # The mail server.
+    # Mail.
     ("smtp = 5", "$.smtp"),
     (smtp(typo="1"), "$.smtp.typo"),
     (smtp(url=None), "$.smtp.url"),

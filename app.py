@@ -7,8 +7,10 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 import cli
 import config
 from blueprints import (
+    admin,
     audit,
     auth,
+    billing,
     cors,
     credits,
     dashboard,
@@ -17,10 +19,15 @@ from blueprints import (
     keys,
     members,
     oidc,
+    pages,
     rendering,
     session_tokens,
+    usage,
     visitors,
 )  # fmt: skip
+from blueprints import (
+    settings as settings_pages,
+)
 from blueprints.proxy import PaidRoutes
 from config import Settings
 from core import firstrun
@@ -48,10 +55,11 @@ def create_app(settings: Settings | None = None) -> Flask:
 
     app.before_request(_check_host)
     app.before_request(_preflight)
-    for module in (credits, keys, members, session_tokens, audit, health, auth, oidc, dashboard,
-                   docs):  # fmt: skip
+    for module in (credits, keys, members, session_tokens, audit, health, docs, auth, oidc,
+                   dashboard, billing, usage, settings_pages, admin):  # fmt: skip
         app.register_blueprint(module.blueprint)
     visitors.register(app)
+    pages.register(app)
     oidc.register(app, settings)
     app.after_request(_finish)
     app.register_error_handler(Refusal, rendering.refused)

@@ -7,11 +7,18 @@ from flask_login import current_user
 from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints.rendering import client_address, instance, page
-from blueprints.visitors import check_csrf, local_path, sign_in, sign_out
-from core import clock, errors, links, mail, members, passwords, tokens, users
+from blueprints.visitors import (
+    check_csrf,
+    local_path,
+    sign_in,
+    sign_out,
+    throttle,
+    with_password,
+)
+from core import clock, links, mail, members, passwords, users
 from core.audit import Actor
 from core.errors import Refusal
-from core.limits import Rate, network_of, spend_rate
+from core.limits import network_of
 from core.links import Link
 from core.users import User
 from models import Tx
@@ -21,9 +28,6 @@ Work = Callable[[Tx, str, str, int], User]
 
 blueprint = Blueprint("auth", __name__)
 blueprint.before_request(check_csrf)
-
-# Failures of one address against everybody, for one that tries a password on many names.
-_NAMES_AT_ONCE = 10
 
 
 @blueprint.get("/")
@@ -41,7 +45,7 @@ def login() -> BaseResponse:
         return _login_page(200, wish)
     typed = request.form.get("email", "").strip()
     try:
-        found = _with_password(typed.lower(), request.form.get("password", ""))
+        found = with_password(typed.lower(), request.form.get("password", ""))
     except Refusal as refusal:
         answer = _login_page(refusal.kind.status, wish, typed, refusal.message)
         answer.headers.update(refusal.all_headers())
@@ -53,22 +57,6 @@ def login() -> BaseResponse:
 
 def _login_page(status: int, wish: str, email: str = "", problem: str = "") -> Response:
     return page("auth/login.html", status, next=wish, email=email, problem=problem, **_ways())
-
-
-def _with_password(email: str, password: str) -> tuple[User, str | None] | None:
-    """The user of that e-mail, with the hash of their password, if that is what was typed; who does
-    not exist takes as long.
-
-    Every attempt counts, by address and name together, so that nobody can lock a person out from
-    elsewhere. Raises `rate_limited`.
-    """
-    client = network_of(client_address(request.environ))
-    most = instance().settings.limits.failed_auth_per_minute
-    name = tokens.digest(email.encode()).hex()
-    _throttle((f"password:{client}", most * _NAMES_AT_ONCE), (f"password:{client}:{name}", most))
-    with instance().db.reading() as tx:
-        found = users.password_of(tx, email)
-    return found if passwords.is_right(password, found and found[1]) else None
 
 
 @blueprint.post("/logout")
@@ -137,7 +125,7 @@ def forgot() -> BaseResponse:
     if request.method == "GET" or smtp is None:
         return page("auth/forgot.html", has_mail=smtp is not None)
     email, client = request.form.get("email", "").strip().lower(), client_address(request.environ)
-    _throttle((f"forgot:{network_of(client)}", 10))
+    throttle((f"forgot:{network_of(client)}", 10))
     now = clock.now_ms()
 
     def work(tx: Tx) -> str | None:
@@ -214,7 +202,7 @@ def _submitted(
     typed = fixed if purpose == "reset" else request.form.get("email", "").strip()
     network = network_of(client_address(request.environ))
     try:
-        _throttle((f"{purpose}:{network}", instance().settings.limits.failed_auth_per_minute))
+        throttle((f"{purpose}:{network}", instance().settings.limits.failed_auth_per_minute))
         email = typed if purpose == "reset" else users.checked_email(typed)
         hashed = passwords.hashed(request.form.get("password", ""), email)
         now = clock.now_ms()
@@ -240,20 +228,3 @@ def _ways() -> dict[str, object]:
         "providers": {name: section.label for name, section in settings.oidc.items()},
         "signup_open": settings.instance.signup == "open",
     }
-
-
-def _throttle(*limits: tuple[str, int]) -> None:
-    """Count one attempt under each name, the widest first. Raises `rate_limited` past a limit a
-    minute; what comes after that one is not counted, so nobody fills the database with names."""
-    now = clock.now_ms()
-
-    def work(tx: Tx) -> Rate | None:
-        for subject, most in limits:
-            rate = spend_rate(tx, subject, most, now)
-            if rate.exceeded:
-                return rate
-        return None
-
-    exceeded = instance().db.write(work)
-    if exceeded is not None:
-        raise errors.rate_limited("Too many attempts. Wait a minute.", exceeded.reset_seconds)

@@ -1,101 +1,91 @@
-"""Where a person lands: who they are here, their accounts, a session token, their sign-ins."""
+"""The first page of who is signed in: what is left, what was spent and by whom, what needs care."""
+
+from urllib.parse import urlencode
 
 from flask import Blueprint, Response, redirect, request
-from flask_login import current_user, login_required
+from flask_login import login_required
 from werkzeug.wrappers import Response as BaseResponse
 
-from blueprints.rendering import instance, page
-from blueprints.visitors import check_csrf, sign_out
-from core import access, clock, errors, ledger, members, session_tokens, sessions, users
-from core.session_tokens import Issued
-from models import Tx
+from blueprints import pictures
+from blueprints.pages import before, choose, names_of, seat, show
+from blueprints.pictures import Bar, bars, counted
+from blueprints.rendering import instance
+from blueprints.visitors import local_path
+from core import calls, clock, daily, examples, keys, ledger
+from core.calls import Filter, Total
+from core.daily import Group
+from core.ledger import Standing
 
 blueprint = Blueprint("dashboard", __name__, url_prefix="/dashboard")
-blueprint.before_request(check_csrf)
+blueprint.before_request(before)
+
+_DAYS = 30
+_ENOUGH_DAYS = 3  # with credits for less at the pace of the last seven, they run low
 
 
 @blueprint.get("")
 @login_required
 def home() -> Response:
-    return _home()
-
-
-@blueprint.post("/session-token")
-@login_required
-def reveal() -> Response:
-    """A fresh session token, shown on the page that asked for it."""
-    found, visitor = instance(), current_user
-    access.count_reading(found, visitor.user)
-    account_id = request.form.get("account") or visitor.user.account_id
-    issued = session_tokens.mint(
-        found.db, found.signing_keys, found.settings.public_url, visitor.session, account_id,
-        clock.now_ms(),
-    )  # fmt: skip
-    return _home(issued)
-
-
-@blueprint.post("/sessions/<session_id>/end")
-@login_required
-def end_session(session_id: str) -> BaseResponse:
-    """Sign one of the person's browsers out, with its tokens."""
-    visitor, now = current_user, clock.now_ms()
-    if session_id == visitor.session.id:
-        sign_out()
-        return redirect("/login", 303)
-
-    def work(tx: Tx) -> bool:
-        return sessions.end(tx, session_id, visitor.user.id, now, visitor.actor)
-
-    if not instance().db.write(work, durable=True):
-        raise errors.not_found()
-    return redirect("/dashboard", 303)
-
-
-@blueprint.post("/sessions/end-all")
-@login_required
-def end_sessions() -> BaseResponse:
-    visitor, now = current_user, clock.now_ms()
-    instance().db.write(
-        lambda tx: sessions.end_all(tx, visitor.user.id, now, visitor.actor), durable=True
-    )
-    return redirect("/login", 303)
-
-
-@blueprint.post("/identities/unlink")
-@login_required
-def unlink() -> BaseResponse:
-    visitor, now = current_user, clock.now_ms()
-    issuer, subject = request.form.get("issuer", ""), request.form.get("subject", "")
-    providers = instance().settings.oidc_issuers
-
-    def work(tx: Tx) -> None:
-        users.unlink_identity(
-            tx, visitor.user.id, issuer, subject, providers, visitor.session.id, now,
-            visitor.actor,
-        )  # fmt: skip
-
-    instance().db.write(work, durable=True)
-    return redirect("/dashboard", 303)
-
-
-def _home(issued: Issued | None = None) -> Response:
-    visitor, now, settings = current_user, clock.now_ms(), instance().settings
-    with instance().db.reading() as tx:
-        accounts = []
-        for member in members.accounts_of(tx, visitor.user.id):
-            owner = users.owner_of(tx, member.account_id)
-            host = None if owner is None or owner.id == visitor.user.id else owner.email
-            accounts.append((member, ledger.standing(tx, member.account_id), host))
-        signed_in = sessions.of_user(tx, visitor.user.id, now)
-        identities = users.identities_of(tx, visitor.user.id)
-    return page(
+    found, who, now = instance(), seat(), clock.now_ms()
+    today = pictures.today()
+    whose = None if who.is_owner else who.user_id
+    with found.db.snapshot() as tx:
+        groups = calls.groups(tx, who.account_id, Filter(since=(today - _DAYS + 1) * clock.DAY_MS))
+        kinds = daily.kinds(tx, who.account_id, today - _DAYS + 1, today)
+        standing = ledger.standing(tx, who.account_id)
+        expiring, unused = keys.in_need_of_care(tx, who.account_id, whose, now)
+        is_new = not ledger.has_called(tx, who.account_id)
+        has_key = bool(keys.newest(tx, who.account_id, whose, None, 1))
+        names = names_of(tx, {group.user_id for group in groups if group.user_id})
+    spent = {days: _since(groups, today - days + 1) for days in (1, 7, _DAYS)}
+    routes = found.catalog.routes
+    example = examples.first_for(routes, None) if is_new else None
+    return show(
         "dashboard/home.html",
-        me=visitor.user, here=visitor.session, accounts=accounts, sessions=signed_in,
-        identities=identities, issued=issued, when=_when, base=settings.public_url,
-        providers={name: section.label for name, section in settings.oidc.items()},
+        spent=spent,
+        refunds=next((kind for kind in kinds if kind.kind == "refund"), None),
+        days=pictures.by_day(groups, today - _DAYS + 1, today, of_failed=False),
+        people=_by(groups, "user_id", names),
+        routes=_by(groups, "route", {}),
+        expiring=expiring, unused=unused, low=_runs_low(standing, spent[7].captured),
+        is_new=is_new, has_key=has_key,
+        curl=example and examples.curl(found.settings.public_url, example, "$FAREBOX_API_KEY"),
     )  # fmt: skip
 
 
-def _when(at_ms: int) -> str:
-    """A time as people read it."""
-    return f"{clock.rfc3339(at_ms)[:16].replace('T', ' ')} UTC"
+@blueprint.post("/account")
+@login_required
+def switch() -> BaseResponse:
+    """Look at another account from now on."""
+    choose(request.form.get("account", ""))
+    return redirect(local_path(request.form.get("next")), 303)
+
+
+def _since(groups: list[Group], day: int) -> Total:
+    return calls.add_up(group for group in groups if group.day >= day)
+
+
+def _by(groups: list[Group], field: str, names: dict[str, str]) -> list[Bar]:
+    """Who or what the most credits went to; the most that is shown is twelve."""
+    totals: dict[str, Total] = {}
+    for value in {getattr(group, field) for group in groups}:
+        totals[value] = calls.add_up(group for group in groups if getattr(group, field) == value)
+    ranked = sorted(totals.items(), key=lambda item: (-item[1].captured, item[0]))[:12]
+    return bars(
+        (
+            names.get(value, value) or "Keys that belong to nobody",
+            total.captured,
+            f"{counted(total.captured, 'credit')}, {counted(total.calls, 'call')}",
+            f"/dashboard/usage?{urlencode({'route': value})}" if field == "route" else None,
+        )
+        for value, total in ranked
+    )
+
+
+def _runs_low(standing: Standing, spent_in_week: int) -> bool:
+    """Whether it is time to add credits: below what the operator says or, without a word, when they
+    would last less than three days at the pace of the last seven."""
+    at_most = instance().settings.credit_low
+    if at_most is not None:
+        return standing.available <= at_most
+    return standing.available <= 0 or standing.available * 7 < spent_in_week * _ENOUGH_DAYS

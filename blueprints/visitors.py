@@ -13,15 +13,18 @@ from flask_wtf.csrf import CSRFError, CSRFProtect
 from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints.rendering import client_address, instance
-from core import clock, sessions, tokens, users
+from core import clock, errors, passwords, sessions, tokens, users
 from core.audit import Actor
 from core.errors import Refusal
 from core.instance import Instance
+from core.limits import Rate, network_of, spend_rate
 from core.sessions import Origin, Session
 from core.users import User
 from models import Tx
 
 _csrf = CSRFProtect()
+# Failures of one address against everybody, for one that tries a password on many names.
+_NAMES_AT_ONCE = 10
 _HERE = re.compile(r"/(?!/)[\x21-\x5b\x5d-\x7e]*")  # a path of ours: no host, no backslash
 
 
@@ -91,6 +94,39 @@ def sign_in(user: User, method: str, password_hash: str | None = None) -> bool:
     sign_out()
     login_user(Visitor(user, started, secret))
     return True
+
+
+def with_password(email: str, password: str) -> tuple[User, str | None] | None:
+    """The user of that e-mail, with the hash of their password, if that is what was typed; who does
+    not exist takes as long.
+
+    Every attempt counts, by address and name together, so that nobody can lock a person out from
+    elsewhere. Raises `rate_limited`.
+    """
+    client = network_of(client_address(request.environ))
+    most = instance().settings.limits.failed_auth_per_minute
+    name = tokens.digest(email.encode()).hex()
+    throttle((f"password:{client}", most * _NAMES_AT_ONCE), (f"password:{client}:{name}", most))
+    with instance().db.reading() as tx:
+        found = users.password_of(tx, email)
+    return found if passwords.is_right(password, found and found[1]) else None
+
+
+def throttle(*limits: tuple[str, int]) -> None:
+    """Count one attempt under each name, the widest first. Raises `rate_limited` past a limit a
+    minute; what comes after that one is not counted, so nobody fills the database with names."""
+    now = clock.now_ms()
+
+    def work(tx: Tx) -> Rate | None:
+        for subject, most in limits:
+            rate = spend_rate(tx, subject, most, now)
+            if rate.exceeded:
+                return rate
+        return None
+
+    exceeded = instance().db.write(work)
+    if exceeded is not None:
+        raise errors.rate_limited("Too many attempts. Wait a minute.", exceeded.reset_seconds)
 
 
 def sign_out() -> None:

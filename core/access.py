@@ -17,6 +17,7 @@ from core.keys import Key
 from core.ledger import OPERATOR_ACCOUNT, Guard, account_suspended
 from core.limits import CreditLimit, Rate
 from core.session_tokens import Bearer
+from core.sessions import Seat
 from core.users import User
 from models import Tx
 
@@ -137,7 +138,7 @@ def _by_session_token(instance: Instance, token: str, client: str) -> Principal:
         bearer = _bearer(instance, token_id, now) or _take_in(instance, outsider, now, client)
     if bearer is None:
         raise errors.invalid_token()
-    _require_active(bearer)
+    require_active(bearer)
     return Principal(
         "session",
         bearer.account_id,
@@ -244,15 +245,15 @@ def reassert(tx: Tx, principal: Principal) -> Bearer:
     found = session_tokens.find(tx, principal.bearer.token_id, clock.now_ms())
     if found is None:
         raise errors.invalid_token()
-    _require_active(found)
+    require_active(found)
     return found
 
 
-def _require_active(bearer: Bearer) -> None:
+def require_active(who: Bearer | Seat) -> None:
     """Raises `account_suspended`, for the person or for the account."""
     for status, reason in (
-        (bearer.user_status, bearer.user_reason),
-        (bearer.account_status, bearer.account_reason),
+        (who.user_status, who.user_reason),
+        (who.account_status, who.account_reason),
     ):
         if status != "active":
             raise account_suspended(reason)

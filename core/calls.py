@@ -15,6 +15,7 @@ _COLUMNS = (
 )
 _NAMES = _COLUMNS.replace(" ", "").split(",")
 _NEWEST = 10**15
+_END_OF_TIME = 10**7 * clock.DAY_MS  # past every year that RFC 3339 can write
 STATUSES = ("held", "captured", "voided")
 SUMMARIES = ("member", "key", "route", "model", "day")  # what `summary` can group by
 
@@ -40,7 +41,8 @@ def find(
     db: Database, account_id: str, wanted: Filter, before: int | None, limit: int
 ) -> list[tuple[int, dict[str, Any]]]:
     """An account's calls that pass a filter, newest first, each with its number."""
-    with db.reading() as tx:
+    # One moment: a call that ends in between must be in flight, or ended, for all of it.
+    with db.snapshot() as tx:
         conditions, params = _conditions(tx, account_id, wanted)
         rows = tx.rows(
             f"SELECT {_COLUMNS} FROM call WHERE {conditions} AND number < :before"
@@ -54,13 +56,21 @@ def get(
     db: Database, account_id: str, key_id: str | None, request_id: str
 ) -> dict[str, Any] | None:
     """The call of that id, or else the newest whose caller chose it; None when there is none."""
+    found = named(db, account_id, key_id, request_id)
+    return None if found is None else found[1]
+
+
+def named(
+    db: Database, account_id: str, key_id: str | None, request_id: str
+) -> tuple[str, dict[str, Any]] | None:
+    """As `get`, with the id that is the call's alone."""
     row = db.row(
-        f"SELECT {_COLUMNS} FROM call WHERE {_of(key_id)}"
+        f"SELECT id, {_COLUMNS} FROM call WHERE {_of(key_id)}"
         " AND (id = :request OR (request_id = :request AND request_id <> id))"
         " ORDER BY CASE WHEN id = :request THEN 0 ELSE 1 END, number DESC LIMIT 1",
         {"account": account_id, "key_id": key_id, "request": request_id},
     )
-    return None if row is None else _to_json(row)
+    return None if row is None else (row[0], _to_json(row[1:]))
 
 
 def ids_of_request(tx: Tx, request_id: str) -> list[str]:
@@ -124,10 +134,9 @@ def groups(tx: Tx, account_id: str, wanted: Filter) -> list[Group]:
     themselves."""
     wanted = wanted._replace(status=None)
     since = 0 if wanted.since is None else max(0, wanted.since)
-    until = clock.now_ms() + 1 if wanted.until is None else max(since, wanted.until)
+    # Not only until now: a clock that has stepped back leaves calls in its future.
+    until = max(since, _END_OF_TIME if wanted.until is None else wanted.until)
     first, last = -(-since // clock.DAY_MS), until // clock.DAY_MS - 1
-    if wanted.until is None:
-        last += 1  # nothing is later than now
     if first > last + 1:  # within one day
         return _counted(tx, account_id, wanted._replace(since=since, until=until))
     found = daily.groups(tx, account_id, first, last, wanted.key_id, wanted.route)
@@ -175,7 +184,7 @@ def _conditions(tx: Tx, account_id: str, wanted: Filter) -> tuple[str, dict[str,
         found.append((f"status = '{wanted.status}'", {}))
     if wanted.since is not None or wanted.until is not None:
         since = wanted.since or 0
-        until = clock.now_ms() + clock.DAY_MS if wanted.until is None else wanted.until
+        until = _END_OF_TIME if wanted.until is None else wanted.until
         span = {"since": since, "until": until}
         found.append(("created_at >= :since AND created_at < :until", span))
         if wanted.status != "held":  # those are few, and have an index of their own
@@ -211,6 +220,30 @@ def in_flight(tx: Tx) -> list[tuple[str, str]]:
     """The id and incarnation of every call that is still held."""
     rows = tx.rows("SELECT id, incarnation FROM call WHERE status = 'held'")
     return [(row[0], row[1]) for row in rows]
+
+
+class Open(NamedTuple):
+    """A call in flight."""
+
+    request_id: str
+    account_id: str
+    route: str
+    payer: str
+    key_id: str | None
+    user_id: str | None
+    held: int
+    created_at: int
+    incarnation: str
+
+
+def open_now(tx: Tx, most: int) -> list[Open]:
+    """The calls in flight, the oldest first."""
+    rows = tx.rows(
+        "SELECT request_id, account_id, route, payer, key_id, user_id, held, created_at,"
+        " incarnation FROM call WHERE status = 'held' ORDER BY created_at LIMIT :most",
+        {"most": most},
+    )
+    return [Open(*row) for row in rows]
 
 
 def _of(key_id: str | None) -> str:

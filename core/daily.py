@@ -2,12 +2,13 @@
 that they can never differ from what they add up; `ledger.verify` holds them against it."""
 
 from collections.abc import Iterator
-from decimal import Decimal, localcontext
+from decimal import Decimal, InvalidOperation, localcontext
 from typing import Any, NamedTuple
 
 from core import clock
 from models import Tx
 
+_AT_ONCE = 10_000
 _PLACES = 60  # digits a sum of costs may have; decimal's default of 28 could round it
 
 
@@ -130,6 +131,32 @@ def numbers(tx: Tx, account_id: str, first_day: int, last_day: int) -> tuple[int
     return None if row is None or row[0] is None else (row[0], row[1])
 
 
+class RouteTotal(NamedTuple):
+    """What all accounts' calls of one route come to."""
+
+    route: str
+    calls: int
+    failed: int
+    captured: int
+    cost_usd: Decimal
+
+
+def by_route(tx: Tx, first_day: int) -> dict[str, RouteTotal]:
+    """What was called since that day, by route, over all accounts."""
+    costs: dict[str, list[Decimal]] = {}
+    for route, cost, count in tx.rows(
+        "SELECT route, cost_usd, COUNT(*) FROM call_day WHERE day >= :day GROUP BY route, cost_usd",
+        {"day": first_day},
+    ):
+        costs.setdefault(route, []).append(times(cost, count))
+    rows = tx.rows(
+        "SELECT route, SUM(calls), SUM(failed), SUM(captured) FROM call_day WHERE day >= :day"
+        " GROUP BY route ORDER BY route",
+        {"day": first_day},
+    )
+    return {row[0]: RouteTotal._make((*row, added(iter(costs[row[0]])))) for row in rows}
+
+
 def added(costs: Iterator[Decimal]) -> Decimal:
     """The exact sum of costs."""
     with localcontext(prec=_PLACES):
@@ -191,8 +218,8 @@ def faults(tx: Tx) -> list[str]:
     """Sums that differ from what they are of. A backup of an earlier version has none."""
     if not tx.row("SELECT 1 FROM sqlite_master WHERE name = 'call_day'"):
         return []
-    wrong = [
-        f"{account}: day {day} of its calls is not summed up rightly"
+    days = {
+        (account, day)
         for account, day in tx.rows(
             "SELECT DISTINCT account_id, day FROM (SELECT * FROM ("
             "SELECT account_id, created_at / 86400000 AS day, COALESCE(key_id, '') AS k,"
@@ -204,6 +231,12 @@ def faults(tx: Tx) -> list[str]:
             # What is on both sides is there twice.
             " GROUP BY 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 HAVING COUNT(*) <> 2) t"
         )
+    }
+    for (account,) in tx.rows("SELECT DISTINCT account_id FROM call_day"):
+        days |= {(account, day) for day in _days_of_wrong_cost(tx, account)}
+    wrong = [
+        f"{account}: day {day} of its calls is not summed up rightly"
+        for account, day in sorted(days)
     ]
     wrong += [
         f"{account}: day {day} of its entries is not summed up rightly"
@@ -216,3 +249,47 @@ def faults(tx: Tx) -> list[str]:
         )
     ]
     return wrong
+
+
+def _days_of_wrong_cost(tx: Tx, account_id: str) -> Iterator[int]:
+    """The days on which the costs of an account's calls are not what their sums say."""
+    costs: dict[tuple[Any, ...], Decimal | None] = {}
+    for *group, cost, count in _costs(tx, account_id):
+        known, this = costs.get(tuple(group), Decimal(0)), _decimal(cost)
+        with localcontext(prec=_PLACES):
+            valid = known is not None and this is not None
+            costs[tuple(group)] = known + this * count if valid else None
+    for *group, cost in tx.rows(
+        "SELECT day, key_id, user_id, route, model, cost_usd FROM call_day"
+        " WHERE account_id = :account",
+        {"account": account_id},
+    ):
+        expected = costs.get(tuple(group), Decimal(0))
+        if expected is None or _decimal(cost) != expected:
+            yield group[0]
+
+
+def _costs(tx: Tx, account_id: str) -> Iterator[tuple[Any, ...]]:
+    """Each cost that an account's ended calls had, its group before it, how many times after it.
+    A span of numbers at a time, for every call of an account may have had another."""
+    row = tx.row(
+        "SELECT COALESCE(MAX(number), 0) FROM call WHERE account_id = :id", {"id": account_id}
+    )
+    assert row is not None  # an aggregate always answers
+    for low in range(0, row[0] + 1, _AT_ONCE):
+        yield from tx.rows(
+            "SELECT created_at / 86400000, COALESCE(key_id, ''), COALESCE(user_id, ''), route,"
+            " COALESCE(model, ''), cost_usd, COUNT(*) FROM call"
+            " WHERE account_id = :account AND number >= :low AND number < :high"
+            " AND status <> 'held' AND cost_usd IS NOT NULL GROUP BY 1, 2, 3, 4, 5, 6",
+            {"account": account_id, "low": low, "high": low + _AT_ONCE},
+        )
+
+
+def _decimal(text: str) -> Decimal | None:
+    """The number a text is; None of one that is none."""
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() else None

@@ -3,6 +3,7 @@
 import threading
 from collections import deque
 from collections.abc import Callable
+from decimal import Decimal, localcontext
 from functools import cached_property
 
 import apsw
@@ -51,6 +52,14 @@ class Instance:
     @cached_property
     def _incarnation(self) -> Incarnation:
         return Incarnation(self.settings.incarnations)
+
+    def worth(self, credits: int) -> str:
+        """The exact worth of so many credits in dollars, with at least the two places of a cent."""
+        with localcontext(prec=60):  # the default of 28 digits could round the largest balances
+            dollars = self.settings.usd_per_credit * credits
+            exponent = dollars.as_tuple().exponent
+            assert isinstance(exponent, int)  # a finite number's is
+            return format(dollars.quantize(Decimal("0.01")) if exponent > -2 else dollars, "f")
 
     def send(self, route: Route, request: Outbound) -> Reply:
         """The upstream's answer, from the network or the sandbox.

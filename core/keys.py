@@ -20,6 +20,7 @@ from core.audit import Actor
 from core.ledger import Guard
 from core.limits import CreditLimit
 from core.session_tokens import Bearer
+from core.sessions import Seat
 from models import Tx
 
 # OWASP Password Storage Cheat Sheet: argon2id, 19 MiB, two passes, one lane.
@@ -28,6 +29,8 @@ PERIODS = ("total", "day", "week", "month")
 MOST_KEYS = 1000  # of one account, revoked ones not counted
 MOST_SCOPES = 100
 LONGEST_GRACE_MS = 7 * clock.DAY_MS
+EXPIRES_SOON_MS = 14 * clock.DAY_MS
+UNUSED_MS = 90 * clock.DAY_MS
 LAST_USED_EVERY_MS = 5 * clock.MINUTE_MS
 
 _REMEMBERED = 10_000
@@ -230,7 +233,7 @@ def get(tx: Tx, key_id: str) -> Key:
     return Key(*row)
 
 
-def owned(tx: Tx, key_id: str, bearer: Bearer) -> Key:
+def owned(tx: Tx, key_id: str, who: Bearer | Seat) -> Key:
     """A key of the account somebody acts for, if it is theirs to see and change: owners may with
     all of the account's, members with those they made.
 
@@ -238,12 +241,12 @@ def owned(tx: Tx, key_id: str, bearer: Bearer) -> Key:
     """
     row = tx.row(
         f"SELECT {_COLUMNS}{_FROM} WHERE k.id = :id AND k.account_id = :account",
-        {"id": key_id, "account": bearer.account_id},
+        {"id": key_id, "account": who.account_id},
     )
     if row is None:
         raise errors.not_found()
     key = Key(*row)
-    if not bearer.is_owner and key.user_id != bearer.user_id:
+    if not who.is_owner and key.user_id != who.user_id:
         raise errors.Refusal("forbidden", "Only an owner of the account may see this key.")
     return key
 
@@ -287,6 +290,64 @@ def newest(
         | ({} if user_id is None else {"user": user_id}),
     )
     return [Key(*row) for row in rows]
+
+
+def search(tx: Tx, text: str, before: tuple[int, str], limit: int) -> list[Key]:
+    """Keys of all accounts, the newest first, whose name, start, id or account holds `text`;
+    `before` is when the last one was made, and its id."""
+    rows = tx.rows(
+        f"SELECT {_COLUMNS}{_FROM}"
+        " WHERE (k.created_at < :at OR (k.created_at = :at AND k.id < :id))"
+        " AND (:text = '' OR k.name LIKE :like ESCAPE '!' OR k.start LIKE :like ESCAPE '!'"
+        " OR k.id = :text OR k.account_id = :text)"
+        " ORDER BY k.created_at DESC, k.id DESC LIMIT :limit",
+        {"at": before[0], "id": before[1], "text": text, "like": holding(text), "limit": limit},
+    )
+    return [Key(*row) for row in rows]
+
+
+def holding(text: str) -> str:
+    """The LIKE pattern, escaped by `!`, of what holds a text."""
+    return "%" + re.sub("([%_!])", r"!\1", text) + "%"
+
+
+def in_need_of_care(
+    tx: Tx, account_id: str, user_id: str | None, now: int
+) -> tuple[list[Key], list[Key]]:
+    """The keys that end within two weeks, and those nobody has used for ninety days; of one person
+    only, if given."""
+    condition = "" if user_id is None else " AND k.user_id = :user"
+    rows = tx.rows(
+        f"SELECT {_COLUMNS}{_FROM} WHERE k.account_id = :account"
+        " AND k.status IN ('active', 'suspended')"
+        " AND (k.expires_at > :now AND k.expires_at <= :soon"
+        " OR COALESCE(k.last_used_at, k.created_at) <= :long_ago)"
+        f" AND (k.expires_at IS NULL OR k.expires_at > :now){condition} ORDER BY k.number",
+        {
+            "account": account_id,
+            "now": now,
+            "soon": now + EXPIRES_SOON_MS,
+            "long_ago": now - UNUSED_MS,
+        }
+        | ({} if user_id is None else {"user": user_id}),
+    )
+    found = [Key(*row) for row in rows]
+    expiring = [key for key in found if _is_soon(key, now)]
+    unused = [key for key in found if (key.last_used_at or key.created_at) <= now - UNUSED_MS]
+    return expiring, unused
+
+
+def _is_soon(key: Key, now: int) -> bool:
+    return key.expires_at is not None and key.expires_at <= now + EXPIRES_SOON_MS
+
+
+def names(tx: Tx, account_id: str) -> dict[str, str]:
+    """The names of an account's keys, revoked ones too, by id; the newest first."""
+    rows = tx.rows(
+        "SELECT id, name FROM api_key WHERE account_id = :account ORDER BY number DESC",
+        {"account": account_id},
+    )
+    return dict(rows)
 
 
 # Changes of state. Each names what it may start from; anything else is a `conflict`.

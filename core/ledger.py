@@ -13,6 +13,7 @@ from core.daily import Ended
 from models import Database, Tx
 
 LARGEST_AMOUNT = 10**15
+_ENTRY = "number, id, created_at, kind, amount, balance, reference, note"
 OPERATOR_ACCOUNT = "acct_operator"
 
 
@@ -105,6 +106,12 @@ def standing(tx: Tx, account_id: str) -> Standing:
     if row is None:
         raise errors.not_found()
     return Standing(*row)
+
+
+def has_called(tx: Tx, account_id: str) -> bool:
+    """Whether an account has ever made a call that was let through."""
+    row = tx.row("SELECT last_call FROM account WHERE id = :id", {"id": account_id})
+    return row is not None and row[0] > 0
 
 
 def status_of(tx: Tx, account_id: str) -> str:
@@ -309,7 +316,8 @@ def add_credits(
     tx: Tx, account_id: str, kind: str, credits: int, reference: str, note: str | None, now: int,
     key_id: str | None = None,
 ) -> Standing | None:  # fmt: skip
-    """Move the balance by a `grant`, `signup`, `refund` or `adjustment` of `credits`, signed.
+    """Move the balance by a `grant`, `signup`, `voucher`, `refund` or `adjustment` of `credits`,
+    signed.
 
     None when `reference` was used for this kind already: a replay moves nothing. Raises
     `validation_error` for zero or too much, `insufficient_credits` when a negative amount is not
@@ -393,7 +401,7 @@ def entries(
     """An account's entries, newest first, each with its number; of one key only, if given."""
     condition = "key_id = :key_id AND account_id = :account" if key_id else "account_id = :account"
     rows = db.rows(
-        "SELECT number, id, created_at, kind, amount, balance, reference, note FROM entry"
+        f"SELECT {_ENTRY} FROM entry"
         f" WHERE {condition} AND number < :before ORDER BY number DESC LIMIT :limit",
         {
             "account": account_id,
@@ -402,21 +410,41 @@ def entries(
             "limit": limit,
         },
     )
-    return [
-        (
-            number,
-            {
-                "id": entry_id,
-                "created_at": clock.rfc3339(created_at),
-                "kind": kind,
-                "amount": amount,
-                "balance": balance,
-                "reference": reference,
-                "note": note,
-            },
-        )
-        for number, entry_id, created_at, kind, amount, balance, reference, note in rows
-    ]
+    return [(row[0], _entry_to_json(row)) for row in rows]
+
+
+def entries_about(tx: Tx, call_id: str) -> list[dict[str, Any]]:
+    """The entries a call has left: its capture, and a refund if there was one."""
+    rows = tx.rows(
+        f"SELECT {_ENTRY} FROM entry WHERE kind IN ('capture', 'refund') AND reference = :call",
+        {"call": call_id},
+    )
+    return [_entry_to_json(row) for row in rows]
+
+
+def entries_aside(
+    tx: Tx, account_id: str, first: int, last: int, most: int
+) -> list[dict[str, Any]]:
+    """An account's entries between two numbers in order, captures aside; as many as `most`."""
+    rows = tx.rows(
+        f"SELECT {_ENTRY} FROM entry WHERE account_id = :account AND kind <> 'capture'"
+        " AND number >= :first AND number <= :last ORDER BY number LIMIT :most",
+        {"account": account_id, "first": first, "last": last, "most": most},
+    )
+    return [_entry_to_json(row) for row in rows]
+
+
+def _entry_to_json(row: tuple[Any, ...]) -> dict[str, Any]:
+    _, entry_id, created_at, kind, amount, balance, reference, note = row
+    return {
+        "id": entry_id,
+        "created_at": clock.rfc3339(created_at),
+        "kind": kind,
+        "amount": amount,
+        "balance": balance,
+        "reference": reference,
+        "note": note,
+    }
 
 
 # Proof

@@ -53,9 +53,10 @@ class Bearer(NamedTuple):
 
 
 class Issued(NamedTuple):
-    """A new token, and when it ends."""
+    """A new token, its id, and when it ends."""
 
     token: str
+    id: str
     expires_at: int
 
 
@@ -123,7 +124,7 @@ def mint(
         raise errors.invalid_token()
 
     db.write(work, durable=True)
-    return Issued(token, expires_at)
+    return Issued(token, token_id, expires_at)
 
 
 def check(parsed: Parsed, keys: SigningKeys, issuer: str, now: int) -> str:
@@ -212,6 +213,18 @@ def revoke(tx: Tx, bearer: Bearer, now: int, by: Actor) -> None:
     else:
         end(tx, now, token_id=bearer.token_id)
     audit.note(tx, by, "token.revoked", now, bearer.account_id, bearer.token_id)
+
+
+def revoke_own(tx: Tx, token_id: str, user_id: str, now: int, by: Actor) -> bool:
+    """End a token of ours by its id; False when the person has no such token any more."""
+    row = tx.row(
+        "UPDATE session_token SET ended_at = :now WHERE id = :id AND user_id = :user"
+        " AND session_id IS NOT NULL AND ended_at IS NULL RETURNING account_id",
+        {"now": now, "id": token_id, "user": user_id},
+    )
+    if row is not None:
+        audit.note(tx, by, "token.revoked", now, row[0], token_id)
+    return row is not None
 
 
 def latch_expired(tx: Tx, now: int) -> None:

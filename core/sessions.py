@@ -41,6 +41,25 @@ class Origin(NamedTuple):
     expires_at: int | None = None  # when that token ends, and so the session
 
 
+class Seat(NamedTuple):
+    """A person at a browser, acting in an account they are a member of."""
+
+    user_id: str
+    account_id: str
+    role: str
+    is_operator: int
+    credit_limit: int | None
+    credit_period: str | None
+    user_status: str
+    user_reason: str | None
+    account_status: str
+    account_reason: str | None
+
+    @property
+    def is_owner(self) -> bool:
+        return self.role == "owner"
+
+
 def start(
     tx: Tx, user_id: str, origin: Origin, now: int, secret: str | None = None,
     by: Actor | None = None,
@@ -101,6 +120,20 @@ def by_cookie(tx: Tx, secret: str, now: int) -> Session | None:
         {"hash": tokens.digest(secret.encode()), "now": now, "idle_since": now - IDLE_MS},
     )
     return None if row is None else Session(*row)
+
+
+def seat(tx: Tx, session_id: str, account_id: str, now: int) -> Seat | None:
+    """Who is signed in, as a member of that account; None when either is no more."""
+    row = tx.row(
+        "SELECT s.user_id, m.account_id, m.role, u.is_operator, m.credit_limit, m.credit_period,"
+        " u.status, u.status_reason, a.status, a.status_reason FROM session s"
+        " JOIN user u ON u.id = s.user_id"
+        " JOIN membership m ON m.user_id = s.user_id AND m.account_id = :account"
+        " JOIN account a ON a.id = m.account_id"
+        " WHERE s.id = :id AND s.ended_at IS NULL AND s.expires_at > :now AND u.status <> 'closed'",
+        {"id": session_id, "account": account_id, "now": now},
+    )
+    return None if row is None else Seat(*row)
 
 
 def is_due(session: Session, now: int) -> bool:

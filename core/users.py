@@ -95,6 +95,12 @@ def get(tx: Tx, user_id: str) -> User:
     return _user(row)
 
 
+def name_of(tx: Tx, user_id: str) -> str:
+    """What a person is called: by e-mail, or by id where there is none (any more)."""
+    row = tx.row("SELECT email FROM user WHERE id = :id", {"id": user_id})
+    return user_id if row is None or row[0] is None else str(row[0])
+
+
 def by_email(tx: Tx, email: str) -> User | None:
     row = tx.row(f"SELECT {_COLUMNS} FROM user WHERE email = :email", {"email": email})
     return None if row is None else _user(row)
@@ -232,17 +238,21 @@ def unlink_identity(
     )
 
 
+def has_password(tx: Tx, user_id: str) -> bool:
+    """Whether a person can sign in with a password."""
+    row = tx.row("SELECT password_hash IS NOT NULL FROM user WHERE id = :id", {"id": user_id})
+    return bool(row and row[0])
+
+
 def has_a_credential(tx: Tx, user_id: str) -> bool:
     """Whether anybody could come in as this person: with a password or any identity."""
-    row = tx.row("SELECT password_hash IS NOT NULL FROM user WHERE id = :id", {"id": user_id})
-    return bool(row and row[0]) or bool(identities_of(tx, user_id))
+    return has_password(tx, user_id) or bool(identities_of(tx, user_id))
 
 
 def _ways_in(tx: Tx, user_id: str, providers: Container[str]) -> int:
     """How many ways the person has to sign in at a browser."""
-    row = tx.row("SELECT password_hash IS NOT NULL FROM user WHERE id = :id", {"id": user_id})
     by_provider = [name for name, _ in identities_of(tx, user_id) if name.rstrip("/") in providers]
-    return (0 if row is None else row[0]) + len(by_provider)
+    return has_password(tx, user_id) + len(by_provider)
 
 
 def identities_of(tx: Tx, user_id: str) -> list[tuple[str, str]]:

@@ -1,0 +1,365 @@
+"""The operator's pages: accounts, keys, vouchers, prices, what is in flight, who did what."""
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from typing import NamedTuple
+
+from flask import Blueprint, Response, flash, redirect, request
+from flask_login import current_user, login_required
+from werkzeug.wrappers import Response as BaseResponse
+
+from blueprints import pages, pictures
+from blueprints.pages import cursor, field, names_of, not_operator, operate, required, show, whole
+from blueprints.rendering import instance
+from core import (
+    audit,
+    calls,
+    clock,
+    daily,
+    errors,
+    keys,
+    ledger,
+    members,
+    oversight,
+    tokens,
+    upstream,
+    vouchers,
+)  # fmt: skip
+from core.adapters.sms import TWILIO_URL
+from core.audit import Actor
+from core.catalog import Route
+from core.daily import RouteTotal
+from core.errors import Refusal
+from core.keys import Key
+from core.oversight import AccountRow
+from models import Tx
+
+blueprint = Blueprint("admin", __name__, url_prefix="/admin")
+blueprint.before_request(pages.before)
+
+_PER_PAGE = 50
+_DAYS = 30
+_NEWEST = (10**15, "")
+_PATIENCE_SECONDS = 3
+
+
+@blueprint.before_request
+def _operators_only() -> None:
+    if current_user.is_authenticated and not pages.visitor().user.is_operator:
+        raise not_operator()
+
+
+# Accounts
+
+
+@blueprint.get("")
+@login_required
+def home() -> Response:
+    text, since = request.args.get("q", "").strip(), pictures.today() - _DAYS + 1
+    with instance().db.snapshot() as tx:
+        found = oversight.accounts(tx, text, _place(), since, _PER_PAGE + 1)
+        totals = oversight.totals(tx)
+        routes = list(daily.by_route(tx, since).values())
+    shown = found[:_PER_PAGE]
+    return show(
+        "admin/accounts.html", accounts_found=shown, q=text, totals=totals,
+        spent=sum(route.captured for route in routes),
+        older=_after(shown[-1].created_at, shown[-1].id) if len(found) > len(shown) else None,
+    )  # fmt: skip
+
+
+@blueprint.get("/accounts/<account_id>")
+@login_required
+def account(account_id: str) -> Response:
+    return _account_page(account_id)
+
+
+def _account_page(account_id: str, problem: Refusal | None = None) -> Response:
+    found = _account(account_id)
+    with instance().db.reading() as tx:
+        people = members.of_account(tx, account_id)
+        listed = keys.newest(tx, account_id, None, None, _PER_PAGE)
+    entries = ledger.entries(instance().db, account_id, None, None, 20)
+    return show(
+        "admin/account.html", problem=problem, found=found, people=people, keys=listed,
+        now=clock.now_ms(), entries=[entry for _, entry in entries],
+    )  # fmt: skip
+
+
+@blueprint.route("/accounts/<account_id>/grant", methods=["GET", "POST"])
+@login_required
+def grant(account_id: str) -> BaseResponse:
+    def work(tx: Tx, by: Actor, now: int) -> None:
+        credits = whole("credits", least=1)
+        if credits is None:
+            raise errors.invalid_body("How many credits?", "credits")
+        _move(tx, account_id, "grant", credits, field("note"), now, by)
+
+    return _asked("grant", account_id, work, "Granted.")
+
+
+@blueprint.route("/accounts/<account_id>/adjust", methods=["GET", "POST"])
+@login_required
+def adjust(account_id: str) -> BaseResponse:
+    """Correct a balance, up or down, with a reason."""
+
+    def work(tx: Tx, by: Actor, now: int) -> None:
+        credits = whole("credits", least=-ledger.LARGEST_AMOUNT)
+        if credits is None:
+            raise errors.invalid_body("How many credits?", "credits")
+        _move(tx, account_id, "adjustment", credits, required("note", "A reason"), now, by)
+
+    return _asked("adjust", account_id, work, "Adjusted.")
+
+
+@blueprint.route("/accounts/<account_id>/refund", methods=["GET", "POST"])
+@login_required
+def refund(account_id: str) -> BaseResponse:
+    """Give the credits of one of the account's calls back, once."""
+
+    def work(tx: Tx, by: Actor, now: int) -> None:
+        request_id, note = required("request_id", "The request id"), field("note")
+        here = [
+            call for call in calls.ids_of_request(tx, request_id)
+            if calls.account_of(tx, call) == account_id
+        ]  # fmt: skip
+        if len(here) != 1:
+            told = "This account has no such call." if not here else "Several calls have that id."
+            raise Refusal("not_found" if not here else "conflict", told)
+        credits, _ = ledger.refund(tx, here[0], note, now)
+        audit.note(tx, by, "credits.refund", now, account_id, here[0], amount=credits, note=note)
+
+    return _asked("refund", account_id, work, "Refunded.")
+
+
+@blueprint.route("/accounts/<account_id>/suspend", methods=["GET", "POST"])
+@login_required
+def suspend(account_id: str) -> BaseResponse:
+    def work(tx: Tx, by: Actor, now: int) -> None:
+        keys.check_reason(field("reason"))
+        ledger.suspend_account(tx, account_id, field("reason"), now, by)
+
+    return _asked("suspend", account_id, work, "Suspended.")
+
+
+@blueprint.route("/accounts/<account_id>/resume", methods=["GET", "POST"])
+@login_required
+def resume(account_id: str) -> BaseResponse:
+    def work(tx: Tx, by: Actor, now: int) -> None:
+        ledger.resume_account(tx, account_id, now, by)
+
+    return _asked("resume", account_id, work, "Resumed.")
+
+
+def _asked(
+    verb: str, account_id: str, work: Callable[[Tx, Actor, int], None], done: str
+) -> BaseResponse:
+    """Ask first, then do it."""
+    found, problem = _account(account_id), None
+    if request.method == "POST":
+        try:
+            operate(work)
+        except Refusal as refusal:
+            problem = refusal
+        else:
+            flash(done)
+            return redirect(f"/admin/accounts/{account_id}", 303)
+    return show("admin/ask.html", problem=problem, found=found, verb=verb)
+
+
+def _move(
+    tx: Tx, account_id: str, kind: str, credits: int, note: str | None, now: int, by: Actor
+) -> None:
+    reference = tokens.new_id(kind)
+    ledger.add_credits(tx, account_id, kind, credits, reference, note, now)
+    audit.note(tx, by, f"credits.{kind}", now, account_id, reference, amount=credits, note=note)
+
+
+def _account(account_id: str) -> AccountRow:
+    with instance().db.reading() as tx:
+        found = oversight.account(tx, account_id, pictures.today() - _DAYS + 1)
+    if found is None:
+        raise errors.not_found()
+    return found
+
+
+# Keys of all accounts
+
+
+@blueprint.get("/keys")
+@login_required
+def all_keys() -> Response:
+    text = request.args.get("q", "").strip()
+    with instance().db.reading() as tx:
+        found = keys.search(tx, text, _place(), _PER_PAGE + 1)
+        names = names_of(tx, {key.user_id for key in found if key.user_id})
+    shown = found[:_PER_PAGE]
+    return show(
+        "admin/keys.html", keys=shown, q=text, names=names, now=clock.now_ms(),
+        older=_after(shown[-1].created_at, shown[-1].id) if len(found) > len(shown) else None,
+    )  # fmt: skip
+
+
+@blueprint.route("/keys/<key_id>/<any(revoke, suspend, resume):verb>", methods=["GET", "POST"])
+@login_required
+def change_key(key_id: str, verb: str) -> BaseResponse:
+    """Ask first, then revoke, suspend or resume anybody's key."""
+    problem = None
+    with instance().db.reading() as tx:
+        key = keys.get(tx, key_id)
+    if request.method == "POST":
+        try:
+            operate(lambda tx, by, now: _change_key(tx, key, verb, now, by))
+        except Refusal as refusal:
+            problem = refusal
+        else:
+            flash(f"{key.name}: done.")
+            return redirect("/admin/keys", 303)
+    return show("admin/ask_key.html", problem=problem, key=key, verb=verb)
+
+
+def _change_key(tx: Tx, key: Key, verb: str, now: int, by: Actor) -> None:
+    if verb == "suspend":
+        keys.check_reason(field("reason"))
+        keys.suspend(tx, key.id, field("reason"), now, by)
+    elif verb == "resume":
+        keys.resume(tx, key.id, now, by)
+    else:
+        keys.revoke(tx, key.id, now, by)
+
+
+# Vouchers
+
+
+@blueprint.route("/vouchers", methods=["GET", "POST"])
+@login_required
+def all_vouchers() -> Response:
+    """The vouchers there are; those just made show their codes, only now."""
+    codes: list[str] = []
+    problem = None
+
+    def work(tx: Tx, by: Actor, now: int) -> list[str]:
+        credits, count = whole("credits", least=1), whole("count", least=1) or 1
+        if credits is None:
+            raise errors.invalid_body("How many credits?", "credits")
+        return vouchers.make(tx, credits, count, field("note"), now, by)
+
+    if request.method == "POST":
+        try:
+            codes = operate(work)
+        except Refusal as refusal:
+            problem = refusal
+    with instance().db.reading() as tx:
+        found = vouchers.page(tx, cursor(), _PER_PAGE + 1)
+        names = names_of(tx, {voucher.created_by for voucher in found})
+    shown = found[:_PER_PAGE]
+    return show(
+        "admin/vouchers.html", problem=problem, codes=codes, vouchers=shown, names=names,
+        older=shown[-1].number if len(found) > len(shown) else None,
+    )  # fmt: skip
+
+
+@blueprint.post("/vouchers/<voucher_id>/cancel")
+@login_required
+def cancel_voucher(voucher_id: str) -> BaseResponse:
+    operate(lambda tx, by, now: vouchers.cancel(tx, voucher_id, now, by))
+    flash("The voucher is worth nothing any more.")
+    return redirect("/admin/vouchers", 303)
+
+
+# Prices
+
+
+class Margin(NamedTuple):
+    """What a route asks for and costs, and what it brought. Amounts in dollars."""
+
+    path: str
+    route: Route | None  # None: the config has it no more
+    total: RouteTotal
+    unit_price: Decimal | None
+    earned: Decimal
+    margin: Decimal
+
+
+@blueprint.get("/prices")
+@login_required
+def prices() -> Response:
+    """What is asked for each route, what it costs, and what was left of it."""
+    found, usd = instance(), instance().settings.usd_per_credit
+    with found.db.reading() as tx:
+        totals = daily.by_route(tx, pictures.today() - _DAYS + 1)
+    routes = {route.path: route for route in found.catalog.routes}
+    rows = []
+    for path in [*routes, *(path for path in totals if path not in routes)]:
+        route, total = routes.get(path), totals.get(path, RouteTotal(path, 0, 0, 0, Decimal(0)))
+        earned = usd * total.captured
+        unit_price = None if route is None else usd * route.credits
+        rows.append(Margin(path, route, total, unit_price, earned, earned - total.cost_usd))
+    return show("admin/prices.html", rows=rows, usd=usd)
+
+
+# What goes on
+
+
+@blueprint.get("/calls")
+@login_required
+def in_flight() -> Response:
+    with instance().db.reading() as tx:
+        found = calls.open_now(tx, 200)
+        totals = oversight.totals(tx)
+    return show("admin/calls.html", calls=found, totals=totals, now=clock.now_ms())
+
+
+@blueprint.get("/audit")
+@login_required
+def audited() -> Response:
+    """Who did what, in one account or in all."""
+    account_id = request.args.get("account") or None
+    rows = audit.page(instance().db, account_id, cursor(), _PER_PAGE + 1)
+    shown = rows[:_PER_PAGE]
+    with instance().db.reading() as tx:
+        people = {done["actor"] for _, done in shown if done["actor"].startswith("user_")}
+        names = names_of(tx, people)
+    return show(
+        "admin/audit.html", rows=[done for _, done in shown], names=names, account_id=account_id,
+        older=shown[-1][0] if len(rows) > len(shown) else None,
+    )  # fmt: skip
+
+
+@blueprint.route("/health", methods=["GET", "POST"])
+@login_required
+def health() -> Response:
+    """How upstreams have done of late; asked for, whether they can be reached now."""
+    found = instance()
+    with found.db.reading() as tx:
+        lately = daily.by_route(tx, pictures.today() - 1)
+    reached = {}
+    if request.method == "POST":
+        for name, section in found.settings.upstreams.items():
+            url = section.base_url or (TWILIO_URL if section.kind == "twilio" else None)
+            reached[name] = None if url is None else upstream.reach(url, _PATIENCE_SECONDS)
+    rows = []
+    for name, section in found.settings.upstreams.items():
+        paths = [route.path for route in found.catalog.routes if route.upstream_name == name]
+        totals = [lately[path] for path in dict.fromkeys(paths) if path in lately]
+        count, failed = sum(t.calls for t in totals), sum(t.failed for t in totals)
+        rows.append((name, section.kind, paths, count, failed))
+    return show("admin/health.html", rows=rows, reached=reached)
+
+
+# Places in lists that are ordered by time
+
+
+def _place() -> tuple[int, str]:
+    text = request.args.get("before")
+    if text is None:
+        return _NEWEST
+    found = re.fullmatch(r"([0-9]{1,15})\.([a-z]+_[0-9a-z]{1,40})", text, re.ASCII)
+    if found is None:
+        raise errors.invalid_body("That is not a place in this list.", "before")
+    return int(found[1]), found[2]
+
+
+def _after(created_at: int, row_id: str) -> str:
+    return f"{created_at}.{row_id}"

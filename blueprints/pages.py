@@ -1,0 +1,246 @@
+"""What the pages of a signed-in person share: whose account they look at, acting for it, and how
+numbers and times are written."""
+
+import re
+from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
+from typing import Any, NamedTuple, TypeVar
+
+from flask import Flask, Response, g, request, session
+from flask_login import current_user
+from markupsafe import Markup
+
+from blueprints.api import timestamp
+from blueprints.rendering import instance, page
+from blueprints.visitors import Visitor, check_csrf
+from core import access, clock, errors, ledger, members, sessions, users
+from core.audit import Actor
+from core.errors import Refusal
+from core.ledger import Standing
+from core.sessions import Seat
+from models import Tx
+
+T = TypeVar("T")
+
+_CHOICE = "account"  # of the cookie and of every form
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", re.ASCII)
+
+
+class Account(NamedTuple):
+    """An account a person may look at, and what they call it."""
+
+    id: str
+    name: str
+    role: str
+    standing: Standing
+
+
+def register(app: Flask) -> None:
+    """Give templates their words for numbers and times."""
+    app.jinja_env.filters.update(
+        number=number, when=when, dollars=dollars, worth=lambda credits: instance().worth(credits)
+    )
+
+
+def before() -> None:
+    """What every request to a page goes through: a form is ours, and loops are bounded."""
+    check_csrf()
+    if current_user.is_authenticated:
+        access.count_reading(instance(), current_user.user)
+
+
+def visitor() -> Visitor:
+    """Who is signed in; only behind `login_required`."""
+    found: Visitor = current_user
+    return found
+
+
+def seat() -> Seat:
+    """The person in the account they look at: the one their form names, or the one they chose, or
+    their own. Raises `not_found` for a form of another's account."""
+    if "seat" not in g:
+        me, named = visitor(), request.form.get(_CHOICE)
+        with instance().db.reading() as tx:
+            found = _seat(tx, named or session.get(_CHOICE) or me.user.account_id)
+            if found is None and named is None:  # the membership ended
+                found = _seat(tx, me.user.account_id)
+        if found is None:
+            raise errors.not_found()
+        g.seat = found
+    result: Seat = g.seat
+    return result
+
+
+def choose(account_id: str) -> None:
+    """Look at that account from now on. Raises `not_found` for one the person is no member of."""
+    with instance().db.reading() as tx:
+        if _seat(tx, account_id) is None:
+            raise errors.not_found()
+    session[_CHOICE] = account_id
+
+
+def act(work: Callable[[Tx, Seat, Actor, int], T]) -> T:
+    """Do something for the account in one durable transaction, unless the person may not any more.
+    Raises `invalid_token` for who was signed out meanwhile, `account_suspended`."""
+    account_id, now, by = seat().account_id, clock.now_ms(), visitor().actor
+
+    def transaction(tx: Tx) -> T:
+        current = _seat(tx, account_id)
+        if current is None:
+            raise errors.invalid_token()
+        access.require_active(current)
+        return work(tx, current, by, now)
+
+    return instance().db.write(transaction, durable=True)
+
+
+def operate(work: Callable[[Tx, Actor, int], T]) -> T:
+    """Do something for the whole instance, in the same way. Raises `forbidden` for who does not run
+    it."""
+    me, now = visitor(), clock.now_ms()
+    by = me.actor._replace(is_operator=True)
+
+    def transaction(tx: Tx) -> T:
+        current = _seat(tx, me.user.account_id)
+        if current is None:
+            raise errors.invalid_token()
+        if not current.is_operator:
+            raise not_operator()
+        return work(tx, by, now)
+
+    return instance().db.write(transaction, durable=True)
+
+
+def not_operator() -> Refusal:
+    return Refusal("forbidden", "Only the operator of this instance may do that.")
+
+
+def require_owner(who: Seat) -> None:
+    """Raises `forbidden` for a member who tries what owners do."""
+    if not who.is_owner:
+        raise Refusal("forbidden", "Only an owner of the account may do that.")
+
+
+def show(
+    template: str, status: int = 200, problem: Refusal | None = None, **values: Any
+) -> Response:
+    """A page for who is signed in. `problem` is what was wrong with the form it answers, which is
+    shown again as it was typed."""
+    me = visitor()
+    with instance().db.reading() as tx:
+        accounts = accounts_of(tx, me.user)
+    here = seat()
+    answer = page(
+        template, status if problem is None else problem.kind.status,
+        me=me.user, seat=here, accounts=accounts,
+        account=next(found for found in accounts if found.id == here.account_id),
+        base=instance().settings.public_url, problem=problem,
+        typed=request.form if problem is not None else {}, **values,
+    )  # fmt: skip
+    if problem is not None:
+        answer.headers.update(problem.headers)
+    return answer
+
+
+def accounts_of(tx: Tx, user: users.User) -> list[Account]:
+    """The accounts a person is a member of, their own first."""
+    found = []
+    for member in members.accounts_of(tx, user.id):
+        owner = users.owner_of(tx, member.account_id)
+        name = "Your account"
+        if member.account_id != user.account_id:
+            name = f"{owner.email or owner.id}’s account" if owner else member.account_id
+        standing = ledger.standing(tx, member.account_id)
+        found.append(Account(member.account_id, name, member.role, standing))
+    return sorted(found, key=lambda account: account.id != user.account_id)
+
+
+def names_of(tx: Tx, user_ids: set[str]) -> dict[str, str]:
+    """What to call people, those who have left included."""
+    return {user_id: users.name_of(tx, user_id) for user_id in user_ids}
+
+
+# Words
+
+
+def number(value: int) -> str:
+    """A whole number as people read it."""
+    return f"{value:,}"
+
+
+def dollars(amount: Decimal) -> str:
+    """Dollars to the hundredth of a cent, with at least the two places of a cent."""
+    rounded = f"{amount:,.4f}"
+    return rounded[:-2] if rounded.endswith("00") else rounded
+
+
+def when(at_ms: int | str | None) -> Markup | str:
+    """A time as people read it, in UTC; a dash for none."""
+    if at_ms is None:
+        return "–"
+    stamp = at_ms if isinstance(at_ms, str) else clock.rfc3339(at_ms)
+    text = stamp[:16].replace("T", " ")
+    return Markup('<time datetime="{}">{} UTC</time>').format(stamp, text)
+
+
+def day_name(day: int) -> str:
+    """A day since the epoch as a date."""
+    return clock.rfc3339(day * clock.DAY_MS)[:10]
+
+
+# Fields of forms and queries. An empty one counts as left out.
+
+
+def field(name: str) -> str | None:
+    return request.form.get(name, "").strip() or None
+
+
+def whole(name: str, least: int = 0) -> int | None:
+    """A whole number of a form. Raises `validation_error`."""
+    text = (field(name) or "").replace(",", "")
+    if not text:
+        return None
+    if not re.fullmatch(r"[+-]?[0-9]{1,16}", text, re.ASCII) or int(text) < least:
+        raise errors.invalid_body(f"“{text}” is not a whole number from {least} up.", name)
+    return int(text)
+
+
+def required(name: str, label: str) -> str:
+    """A text of a form. Raises `validation_error`."""
+    text = field(name)
+    if text is None:
+        raise errors.invalid_body(f"{label} is missing.", name)
+    return text
+
+
+def moment(text: str | None, param: str) -> int | None:
+    """A day, which is its first moment in UTC, or an RFC 3339 time. Raises `validation_error`."""
+    if text and _DAY.fullmatch(text):
+        text += "T00:00:00Z"
+    return timestamp(text or None, param)
+
+
+def cursor() -> int | None:
+    """The number of the row that the one before ended with. Raises `validation_error`."""
+    text = request.args.get("before")
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,15}", text, re.ASCII):
+        raise errors.invalid_body("That is not a place in this list.", "before")
+    return int(text)
+
+
+def month_of(text: str | None) -> date:
+    """The first day of a month like 2026-11; of this one for None. Raises `validation_error`."""
+    wanted = text or clock.rfc3339(clock.now_ms())[:7]
+    try:
+        if not re.fullmatch(r"[0-9]{4}-[0-9]{2}", wanted, re.ASCII) or wanted < "1970":
+            raise ValueError(wanted)
+        return date.fromisoformat(f"{wanted}-01")
+    except ValueError:
+        raise errors.invalid_body("A month looks like 2026-11.", "month") from None
+
+
+def _seat(tx: Tx, account_id: str) -> Seat | None:
+    return sessions.seat(tx, visitor().session.id, account_id, clock.now_ms())

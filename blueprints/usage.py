@@ -1,0 +1,161 @@
+"""What an account's calls were: a list one can filter, each explained, all of them as CSV."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+from flask import Blueprint, Response, request
+from flask_login import login_required
+
+from blueprints import pictures
+from blueprints.pages import before, cursor, day_name, moment, names_of, seat, show
+from blueprints.rendering import instance
+from blueprints.tables import Cell, csv_response
+from core import calls, clock, errors, keys, ledger
+from core.calls import Filter, Total
+from core.errors import Refusal
+from core.instance import Instance
+
+blueprint = Blueprint("usage", __name__, url_prefix="/dashboard")
+blueprint.before_request(before)
+
+_PER_PAGE = 50
+_PER_BATCH = 1000
+_DEFAULT_DAYS = 30
+_MOST_DAYS = 366
+_COLUMNS = (
+    "request_id", "created_at", "route", "method", "payer", "key_id", "user_id", "model",
+    "input_tokens", "output_tokens", "units", "price", "held", "captured", "status",
+    "upstream_status", "duration_ms", "estimated", "cost_usd",
+)  # fmt: skip
+
+
+class Wish(NamedTuple):
+    """What the form of the usage page asks for."""
+
+    first_day: int
+    last_day: int
+    key: str | None
+    route: str | None
+    status: str | None
+
+    @property
+    def filter(self) -> Filter:
+        since, until = self.first_day * clock.DAY_MS, (self.last_day + 1) * clock.DAY_MS
+        return Filter(self.key, self.route, self.status, since, until)
+
+    def query(self, **more: Any) -> str:
+        """The same wish as the query of a link."""
+        asked = {"from": day_name(self.first_day), "to": day_name(self.last_day)}
+        return urlencode(
+            asked | {name: value for name, value in self._kept().items() if value} | more
+        )
+
+    def kept(self) -> str:
+        """What a link to other days keeps."""
+        kept = urlencode({name: value for name, value in self._kept().items() if value})
+        return f"&{kept}" if kept else ""
+
+    def _kept(self) -> dict[str, str | None]:
+        return {"key": self.key, "route": self.route, "status": self.status}
+
+
+@blueprint.get("/usage")
+@login_required
+def listed() -> Response:
+    found, who = instance(), seat()
+    problem = None
+    try:
+        wish, before_number = _wish(), cursor()
+    except Refusal as refusal:
+        wish, before_number, problem = _default(), None, refusal
+    rows = calls.find(found.db, who.account_id, wish.filter, before_number, _PER_PAGE + 1)
+    shown = rows[:_PER_PAGE]
+    with found.db.snapshot() as tx:
+        groups = calls.groups(tx, who.account_id, wish.filter)
+        key_names = keys.names(tx, who.account_id)
+        people = names_of(tx, {call["user_id"] for _, call in shown if call["user_id"]})
+        has_called = ledger.has_called(tx, who.account_id)
+    routes = sorted({route.path for route in found.catalog.routes} | {g.route for g in groups})
+    older = wish.query(before=shown[-1][0]) if len(rows) > len(shown) else None
+    return show(
+        "dashboard/usage.html", problem=problem, wish=wish,
+        calls=[call for _, call in shown], older=older, is_first=before_number is None,
+        total=_total(calls.add_up(groups), wish.status), key_names=key_names, people=people,
+        first=day_name(wish.first_day), last=day_name(wish.last_day), routes=routes,
+        statuses=STATUS_WORDS, has_called=has_called,
+        days=pictures.by_day(
+            groups, wish.first_day, wish.last_day, wish.status == "voided", wish.kept()
+        ),
+    )  # fmt: skip
+
+
+# In people's words.
+STATUS_WORDS = {"captured": "charged", "voided": "not charged", "held": "in flight"}
+
+
+@blueprint.get("/usage/<request_id>")
+@login_required
+def explained(request_id: str) -> Response:
+    """Why a call cost what it cost."""
+    found, who = instance(), seat()
+    named = calls.named(found.db, who.account_id, None, request_id)
+    if named is None:
+        raise errors.not_found()
+    call_id, call = named
+    with found.db.reading() as tx:
+        key_name = keys.names(tx, who.account_id).get(call["key_id"])
+        people = names_of(tx, {call["user_id"]} - {None})
+        entries = ledger.entries_about(tx, call_id)
+    route = next((r for r in found.catalog.routes if r.path == call["route"]), None)
+    return show(
+        "dashboard/call.html",
+        call=call, route=route, key_name=key_name, person=people.get(call["user_id"]),
+        refund=next((entry for entry in entries if entry["kind"] == "refund"), None),
+        entry=next((entry for entry in entries if entry["kind"] == "capture"), None),
+    )  # fmt: skip
+
+
+@blueprint.get("/usage.csv")
+@login_required
+def exported() -> Response:
+    """All calls of the filter, however many."""
+    wish, account_id = _wish(), seat().account_id
+    name = f"usage-{day_name(wish.first_day)}-{day_name(wish.last_day)}.csv"
+    return csv_response(name, _COLUMNS, _batches(instance(), account_id, wish.filter))
+
+
+def _batches(found: Instance, account_id: str, wanted: Filter) -> Iterator[list[Sequence[Cell]]]:
+    before_number = None
+    while rows := calls.find(found.db, account_id, wanted, before_number, _PER_BATCH):
+        yield [[call[column] for column in _COLUMNS] for _, call in rows]
+        before_number = rows[-1][0]
+
+
+def _wish() -> Wish:
+    """What is asked for; the last thirty days if nothing is. Raises `validation_error`."""
+    asked = request.args.get
+    until, since = moment(asked("to"), "to"), moment(asked("from"), "from")
+    last = pictures.today() if until is None else until // clock.DAY_MS
+    first = last - _DEFAULT_DAYS + 1 if since is None else since // clock.DAY_MS
+    if not 0 <= last - first < _MOST_DAYS:
+        raise errors.invalid_body("The first day lies before the last, by a year at most.", "from")
+    status = asked("status") or None
+    if status is not None and status not in calls.STATUSES:
+        raise errors.invalid_body(f"A status is one of {', '.join(calls.STATUSES)}.", "status")
+    return Wish(first, last, asked("key") or None, asked("route") or None, status)
+
+
+def _default() -> Wish:
+    today = pictures.today()
+    return Wish(today - _DEFAULT_DAYS + 1, today, None, None, None)
+
+
+def _total(total: Total, status: str | None) -> Total:
+    """The part of a total that has a status. What is in flight is not in the daily sums by itself,
+    so of that only the list tells."""
+    if status == "voided":
+        return total._replace(calls=total.failed, captured=0)
+    if status == "captured":
+        return total._replace(calls=total.calls - total.failed, failed=0)
+    return total

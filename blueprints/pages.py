@@ -166,7 +166,7 @@ def names_of(tx: Tx, user_ids: set[str]) -> dict[str, str]:
 
 def number(value: int) -> str:
     """A whole number as people read it."""
-    return f"{value:,}"
+    return f"{value:,}".replace("-", "−")
 
 
 def dollars(amount: Decimal) -> str:

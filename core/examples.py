@@ -16,7 +16,7 @@ def curl(base_url: str, route: Route, bearer: str) -> str:
         lines[0] += " --head"
     elif method not in ("GET", "POST"):
         lines[0] += f" -X {method}"
-    lines.append(f"-H 'Authorization: Bearer {bearer}'")
+    lines.append(f'-H "Authorization: Bearer {bearer}"')  # so that it may be a variable
     if method in ("POST", "PUT", "PATCH"):
         lines.append("-H 'Content-Type: application/json'")
         lines.append(f"-d '{_SMS if route.adapter == 'sms' else '{}'}'")

@@ -22,15 +22,25 @@ CREATE INDEX call_day_of_all ON call_day (day);
 INSERT INTO call_day (account_id, day, key_id, user_id, route, model, calls, failed, captured,
     cost_usd, first_number, last_number)
 SELECT account_id, day, key_id, user_id, route, model, calls, failed, captured,
-    -- SQLite has no decimals: a cost of twelve places is a whole number of 10^-12 dollars.
-    printf('%d.%012d', cost / 1000000000000, cost % 1000000000000), first_number, last_number
+    printf('%d', dollars + rest / 1000000000000) || CASE WHEN places = 0 THEN ''
+        ELSE '.' || substr(printf('%012d', rest % 1000000000000), 1, places) END,
+    first_number, last_number
 FROM (
+    -- SQLite has no decimals, and floats would round. A cost has at most twelve places, so it is
+    -- two whole numbers: of dollars, and of 10^-12 dollars beside them.
     SELECT account_id, created_at / 86400000 AS day, COALESCE(key_id, '') AS key_id,
         COALESCE(user_id, '') AS user_id, route, COALESCE(model, '') AS model,
         COUNT(*) AS calls, SUM(status = 'voided') AS failed, SUM(captured) AS captured,
-        SUM(CAST(ROUND(COALESCE(cost_usd, '0') * 1e12) AS INTEGER)) AS cost,
+        SUM(CAST(cost AS INTEGER)) AS dollars,
+        SUM(CAST(substr(substr(cost, point + 1) || '000000000000', 1, 12) AS INTEGER)) AS rest,
+        MAX(length(cost) - point) AS places,
         MIN(number) AS first_number, MAX(number) AS last_number
-    FROM call WHERE status <> 'held' GROUP BY 1, 2, 3, 4, 5, 6
+    FROM (
+        SELECT *, COALESCE(cost_usd, '0') AS cost,
+            CASE WHEN instr(cost_usd, '.') > 0 THEN instr(cost_usd, '.')
+                ELSE length(COALESCE(cost_usd, '0')) END AS point
+        FROM call WHERE status <> 'held'
+    ) c GROUP BY 1, 2, 3, 4, 5, 6
 ) ended;
 
 -- What entries come to, by the UTC day of each and its kind.

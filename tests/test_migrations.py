@@ -1,7 +1,8 @@
-"""From the schema before people could sign in to the one with them: nothing is lost."""
+"""From each earlier schema to that of today: nothing is lost, and sums are as if always kept."""
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 import stat
@@ -16,9 +17,10 @@ from browser import PASSWORD, Browser
 from inprocess import Box, CheapSecret
 from people import CONFIG, minted, pages, told
 
+import config
 import models
-from core import clock, ledger, settlement, tokens, upkeep
-from core.ledger import Outcome
+from core import backup, clock, firstrun, ledger, settlement, tokens, upkeep
+from core.ledger import Guard, NewCall, Outcome
 from models import Database, Tx
 
 TABLES = (
@@ -27,7 +29,9 @@ TABLES = (
 )  # fmt: skip
 NEW = {
     "membership", "session", "session_token", "identity", "denied_token", "issuer_keys", "audit",
+    "call_day", "entry_day", "voucher",
 }  # fmt: skip
+REAL = Path(models.__file__).parent / "migrations"
 DAY = 86_400_000
 _ID = re.compile(r"\b(acct|user|key|mem)_(?!id\b|operator\b)([a-z]+)\b")
 _HASHER = argon2.PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
@@ -38,15 +42,20 @@ def named(text: str) -> str:
     return _ID.sub(lambda found: f"{found[1]}_{found[2].encode().hex():0<24}", text)
 
 
+def know(patches: pytest.MonkeyPatch, folder: Path, number: int) -> Path:
+    """From now on only so many steps are known: the folder of steps."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for step in sorted(REAL.glob("*.sql"))[:number]:
+        shutil.copy(step, folder)
+    patches.setattr(models, "MIGRATIONS", folder)
+    return folder
+
+
 @pytest.fixture
 def first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """While this is there, only the first step is known: the folder of steps."""
-    folder = tmp_path / "migrations"
-    folder.mkdir()
-    for step in models.MIGRATIONS.glob("0001_*.sql"):
-        shutil.copy(step, folder)
-    monkeypatch.setattr(models, "MIGRATIONS", folder)
-    return folder
+    return know(monkeypatch, tmp_path / "migrations", 1)
 
 
 class Old:
@@ -204,7 +213,7 @@ class look:
 
 def migrated(old: Old, monkeypatch: pytest.MonkeyPatch) -> Database:
     """The same database with all the steps the application knows."""
-    monkeypatch.setattr(models, "MIGRATIONS", Path(models.__file__).parent / "migrations")
+    monkeypatch.setattr(models, "MIGRATIONS", REAL)
     old.db.migrate()
     return old.db
 
@@ -212,7 +221,7 @@ def migrated(old: Old, monkeypatch: pytest.MonkeyPatch) -> Database:
 @pytest.fixture
 def box(old: Old, monkeypatch: pytest.MonkeyPatch) -> Iterator[Box]:
     """The application of today on the old instance folder."""
-    monkeypatch.setattr(models, "MIGRATIONS", Path(models.__file__).parent / "migrations")
+    monkeypatch.setattr(models, "MIGRATIONS", REAL)
     with Box(old.folder, CONFIG) as box:
         assert box.instance.trouble is None
         yield box
@@ -232,7 +241,7 @@ def test_every_row_and_every_column_is_still_there(
     before = look(old.path)
     migrated(old, monkeypatch)
     after = look(old.path)
-    assert after.version == 2 == models.latest_schema()
+    assert after.version == 3 == models.latest_schema()
     assert set(after.rows) == set(TABLES) | NEW
     assert not [name for _, name, _ in after.schema if "_new" in name]
     assert (after.integrity, after.astray) == ("ok", [])
@@ -314,7 +323,7 @@ def test_a_copy_from_before_is_kept(old: Old, monkeypatch: pytest.MonkeyPatch) -
     assert stat.S_IMODE(copy.stat().st_mode) == 0o600
     assert look(copy) == before
     db.migrate()  # once is enough
-    assert look(copy) == before and look(old.path).version == 2
+    assert look(copy) == before and look(old.path).version == 3
 
 
 @pytest.mark.parametrize(
@@ -374,12 +383,17 @@ def test_foreign_keys_are_on_again_wherever_the_database_is_used(
         "DROP TABLE account;",
     ],
 )
+@pytest.mark.parametrize("fails", [2, 3])
 def test_a_step_that_fails_at_its_very_end_leaves_everything_as_it_was(
-    old: Old, first: Path, monkeypatch: pytest.MonkeyPatch, more: str
+    old: Old, first: Path, monkeypatch: pytest.MonkeyPatch, fails: int, more: str
 ) -> None:
+    know(monkeypatch, first, fails - 1)
+    old.db.migrate()
     before = look(old.path)
-    (real,) = (Path(models.__file__).parent / "migrations").glob("0002_*.sql")
-    (first / real.name).write_text(real.read_text("utf-8") + named(more), "utf-8")
+    know(monkeypatch, first, fails)
+    (broken,) = first.glob(f"000{fails}_*.sql")
+    with broken.open("a", encoding="utf-8") as step:
+        step.write(named(more))
     for _ in range(2):
         with pytest.raises((apsw.Error, RuntimeError)):
             old.db.migrate()
@@ -388,7 +402,152 @@ def test_a_step_that_fails_at_its_very_end_leaves_everything_as_it_was(
     with old.db.snapshot() as tx:
         assert ledger.verify(tx)[1] == []
     migrated(old, monkeypatch)
-    assert look(old.path).version == 2
+    assert look(old.path).version == 3
+
+
+# Sums of what was there before them.
+
+SUMS = ("call_day", "entry_day")
+_COSTS = (
+    None, "0.1", "0.2", "0.10", "0", "0.0079", "0.000000000001", "999999999.999999999999",
+    "123456789", "7.000", "9007199254740.000000000001",
+)  # fmt: skip
+
+
+def lived(tx: Tx, plan: random.Random, calls: int) -> None:
+    """Calls and entries of two accounts over six days, in no order of time, as the running code
+    makes them. One call is left in flight."""
+    start = 20_000 * DAY
+    accounts = [ledger.open_account(tx, start) for _ in range(2)]
+    for account in accounts:
+        ledger.add_credits(tx, account, "grant", 10**6, tokens.new_id("grant"), None, start)
+    for number in range(calls):
+        account, at = plan.choice(accounts), start + plan.randrange(6 * DAY)
+        at = plan.choice((at, at // DAY * DAY, at // DAY * DAY + DAY - 1))
+        call_id, price = tokens.new_id("req"), plan.choice((0, 1, 3))
+        new = NewCall(
+            call_id, call_id, account, "session",
+            plan.choice((None, named("key_a"), named("key_b"))),
+            plan.choice((None, named("user_a"))), plan.choice(("/api/v1/echo", "/api/v1/sms/send")),
+            "POST", 1, price, price, "inc_gone", at,
+        )  # fmt: skip
+        assert ledger.hold(tx, new, Guard("TRUE", {}), 10) is not None
+        model = {"id": call_id, "model": plan.choice((None, None, "m"))}
+        tx.run("UPDATE call SET model = :model WHERE id = :id", model)
+        if number > 0:
+            _end(tx, plan, call_id, price, at)
+
+
+def _end(tx: Tx, plan: random.Random, call_id: str, price: int, at: int) -> None:
+    if plan.random() < 0.25:
+        assert ledger.void(tx, call_id, Outcome(502, 1))
+        return
+    outcome = Outcome(200, 1, cost_usd=plan.choice(_COSTS))
+    assert ledger.capture(tx, call_id, price, outcome, at + plan.randrange(DAY))
+    if price and plan.random() < 0.1:
+        ledger.refund(tx, call_id, None, at + plan.randrange(DAY))
+
+
+class Second:
+    """An instance folder of schema 2, and the sums the running code made of the same calls."""
+
+    def __init__(self, folder: Path, patches: pytest.MonkeyPatch, calls: int) -> None:
+        folder.mkdir()
+        self.path = folder / "farebox.db"
+        twin = Database(folder / "twin.db")
+        twin.migrate()
+        twin.write(lambda tx: lived(tx, random.Random(calls), calls))
+        twin.close()
+        of_today = look(folder / "twin.db")
+        self.sums = {table: of_today.rows[table] for table in SUMS}
+        know(patches, folder.with_name("steps"), 2)
+        self.db = Database(self.path)
+        self.db.migrate()
+
+        def fill(tx: Tx) -> None:
+            tx.run("DELETE FROM account")
+            for table in ("account", "call", "entry"):
+                Old.insert(tx, table, *of_today.as_dicts(table))
+
+        self.db.write(fill)
+
+
+@pytest.fixture(params=[0, 1, 40, 800])
+def second(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> Iterator[Second]:
+    made = Second(tmp_path / "instance", monkeypatch, request.param)
+    found = look(made.path)
+    assert found.version == 2 and not set(SUMS) & set(found.rows)
+    yield made
+    made.db.close()
+
+
+def test_the_sums_are_those_the_running_code_would_have_kept(
+    second: Second, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "MIGRATIONS", REAL)
+    second.db.migrate()
+    found = look(second.path)
+    assert found.version == 3 and (found.integrity, found.astray) == ("ok", [])
+    for table in SUMS:
+        # To the letter: a cost has as many places as it would have.
+        assert sorted(found.rows[table]) == sorted(second.sums[table]), table
+    with second.db.snapshot() as tx:
+        assert ledger.verify(tx)[1] == []
+
+
+def test_the_sums_are_kept_on_from_where_they_began(
+    second: Second, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "MIGRATIONS", REAL)
+    second.db.migrate()
+    outcome = Outcome(200, 1, cost_usd="0.3")
+    calls = second.db.rows("SELECT id, account_id, status, created_at FROM call")
+    for call_id, account, status, at in calls[-20:]:
+        again = NewCall(
+            f"{call_id}_2", f"{call_id}_2", account, "session", "key_a", "user_a",
+            "/api/v1/echo", "POST", 1, 2, 2, "inc_gone", at,
+        )  # fmt: skip
+        second.db.write(lambda tx, new=again: ledger.hold(tx, new, Guard("TRUE", {}), 10))
+        for ending in (again.id, *([call_id] * (status == "held"))):
+            assert second.db.write(lambda tx, of=ending: ledger.capture(tx, of, 2, outcome, 1))
+        with second.db.snapshot() as tx:
+            assert ledger.verify(tx)[1] == []
+
+
+@pytest.mark.parametrize("schema", [1, 2])
+def test_a_backup_of_an_earlier_version_is_restored_and_brought_up_to_date(
+    old: Old, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, schema: int
+) -> None:
+    know(monkeypatch, tmp_path / "migrations", schema)
+    old.db.migrate()
+    (old.folder / "farebox.toml").write_text(CONFIG)
+    firstrun.prepare_folder(old.folder)
+    settings = config.load({"FAREBOX_INSTANCE": str(old.folder)})
+    before, saved = look(old.path), tmp_path / "backup.tar"
+    backup.backup(old.db, settings, saved)
+    monkeypatch.setattr(models, "MIGRATIONS", REAL)
+    restored = tmp_path / "restored"
+    assert backup.restore(restored, saved) is None
+    found = look(restored / "farebox.db")
+    assert found.version == schema and found.rows["entry"] == before.rows["entry"]
+    with Box(restored) as box:  # which proves its books when it ends
+        assert box.instance.trouble is None
+        assert box.row("PRAGMA user_version") == (3,)
+        assert box.get("/api/v1/echo", old.keys["key_z"].token).status == 200
+        assert box.row("SELECT SUM(calls) FROM call_day") == (5,)
+
+
+@pytest.mark.parametrize("second", [40], indirect=True)
+def test_wrong_books_of_an_earlier_version_are_not_backed_up(
+    second: Second, tmp_path: Path
+) -> None:
+    firstrun.prepare_folder(second.path.parent)
+    settings = config.load({"FAREBOX_INSTANCE": str(second.path.parent)})
+    second.db.write(lambda tx: tx.run("UPDATE account SET balance = balance + 1"))
+    with pytest.raises(backup.BackupError, match="not sound"):
+        backup.backup(second.db, settings, tmp_path / "backup.tar")
 
 
 # The application of today on what it was given.

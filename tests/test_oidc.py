@@ -491,7 +491,7 @@ def test_somebody_new_signs_in_with_the_button_of_a_provider(
     assert back.headers["Location"] == "/dashboard"
     shown = browser.follow(back)
     text = shown.body.decode()
-    assert f"<h1>{who.email}</h1>" in text
+    assert f'<span class="who">{who.email}</span>' in text
     assert f"oidc:{name}" in text
     assert identities(browser) == [(openid_provider.issuer, who.sub)]
     token = browser.token()
@@ -801,7 +801,7 @@ def test_a_stray_callback_never_makes_a_link_a_sign_in(
     browser, who = Browser(open_box), person(second_provider)
     sign_in(browser, openid_provider, "rs", person(openid_provider))
     mine = account_of(browser)
-    authorize = press(browser, "/dashboard", "Add Provider second").headers["Location"]
+    authorize = press(browser, "/dashboard/settings", "Add Provider second").headers["Location"]
     callback = second_provider.sign_in(authorize, who.sub)
     with nobody_made(open_box):
         browser.get("/oidc/second/callback?state=of-a-stranger&code=1")
@@ -1243,7 +1243,7 @@ def test_an_address_that_is_none_is_not_kept(
     browser, sub = Browser(open_box), f"person-{next(_numbers)}"
     openid_provider.set_user(sub, email=email, email_verified=True)
     assert sign_in(browser, openid_provider, "rs", sub).status == 303
-    assert "<h1>Welcome</h1>" in browser.get("/dashboard").body.decode()
+    assert '<span class="who">user_' in browser.get("/dashboard").body.decode()
 
 
 def test_a_verified_address_of_a_user_with_a_password_takes_nobody_over(
@@ -1261,7 +1261,7 @@ def test_a_verified_address_of_a_user_with_a_password_takes_nobody_over(
     assert owner.email in text
     assert "then add Provider rs" in text
     # Whoever has the password may add the provider, as the page says.
-    authorize = press(signed_up, "/dashboard", "Add Provider rs").headers["Location"]
+    authorize = press(signed_up, "/dashboard/settings", "Add Provider rs").headers["Location"]
     assert signed_up.get(openid_provider.sign_in(authorize, owner.sub)).status == 303
     assert sign_in(browser, openid_provider, "rs", owner).status == 303
     assert account_of(browser) == account_of(signed_up)
@@ -1286,7 +1286,7 @@ def test_somebody_the_operator_added_becomes_that_user(
     before = population(closed_box)
     assert sign_in(browser, openid_provider, "rs", who).status == 303
     assert population(closed_box)[:2] == before[:2]
-    assert f"<h1>{who.email}</h1>" in browser.get("/dashboard").body.decode()
+    assert f'<span class="who">{who.email}</span>' in browser.get("/dashboard").body.decode()
     assert identities(browser) == [(openid_provider.issuer, who.sub)]
     # From then on there is a way in, and no other provider's word is taken.
     refused(other := Browser(closed_box), sign_in(other, second_provider, "second", who), 409)
@@ -1341,7 +1341,7 @@ def test_two_providers_lead_to_one_user(
     browser, elsewhere = Browser(open_box), Browser(open_box)
     sign_in(browser, openid_provider, "rs", one)
     mine, before = account_of(browser), population(open_box)
-    sent = press(browser, "/dashboard", "Add Provider second")
+    sent = press(browser, "/dashboard/settings", "Add Provider second")
     back = browser.get(second_provider.sign_in(sent.headers["Location"], other.sub))
     assert (back.status, back.headers["Location"]) == (303, "/dashboard")
     assert population(open_box)[:2] == before[:2]
@@ -1378,7 +1378,7 @@ def test_an_identity_of_another_user_is_not_added(
     sign_in(mine, openid_provider, "rs", person(openid_provider))
     sign_in(theirs, second_provider, "second", owner)
     account = account_of(mine)
-    authorize = press(mine, "/dashboard", "Add Provider second").headers["Location"]
+    authorize = press(mine, "/dashboard/settings", "Add Provider second").headers["Location"]
     with nobody_made(open_box):
         is_page(mine.get(second_provider.sign_in(authorize, owner.sub)), 409)
     assert account_of(mine) == account
@@ -1390,7 +1390,7 @@ def test_an_identity_one_has_already_can_be_added_again(
 ) -> None:
     browser, who = Browser(open_box), person(openid_provider)
     sign_in(browser, openid_provider, "rs", who)
-    authorize = press(browser, "/dashboard", "Add Provider rs").headers["Location"]
+    authorize = press(browser, "/dashboard/settings", "Add Provider rs").headers["Location"]
     with nobody_made(open_box):
         assert browser.get(openid_provider.sign_in(authorize, who.sub)).status == 303
     assert len(identities(browser)) == 1
@@ -1405,13 +1405,13 @@ def test_an_identity_is_added_only_to_who_asked_and_is_still_there(
 ) -> None:
     browser, mine = Browser(open_box), person(openid_provider)
     sign_in(browser, openid_provider, "rs", mine)
-    authorize = press(browser, "/dashboard", "Add Provider second").headers["Location"]
+    authorize = press(browser, "/dashboard/settings", "Add Provider second").headers["Location"]
     callback = second_provider.sign_in(authorize, person(second_provider).sub)
     begun = browser.cookies["farebox"]
     if meanwhile == "ended elsewhere":
         elsewhere = Browser(open_box)
         sign_in(elsewhere, openid_provider, "rs", mine)
-        elsewhere.post("/dashboard/sessions/end-all", {"csrf_token": elsewhere.csrf()})
+        elsewhere.post("/dashboard/settings/sessions/end-all", {"csrf_token": elsewhere.csrf()})
     else:
         browser.post("/logout", {"csrf_token": browser.csrf()})
         if meanwhile == "somebody else":
@@ -1437,7 +1437,7 @@ def test_an_identity_is_added_only_to_who_asked_and_is_still_there(
 
 def unlink(browser: Browser, issuer: str, subject: str) -> Answer:
     form = {"csrf_token": browser.csrf(), "issuer": issuer, "subject": subject}
-    return browser.post("/dashboard/identities/unlink", form)
+    return browser.post("/dashboard/settings/identities/unlink", form)
 
 
 def test_an_identity_can_be_unlinked_unless_it_is_the_last_way_in(
@@ -1447,19 +1447,19 @@ def test_an_identity_can_be_unlinked_unless_it_is_the_last_way_in(
     browser, stranger = Browser(open_box), Browser(open_box)
     sign_in(browser, openid_provider, "rs", one)
     is_page(unlink(browser, openid_provider.issuer, one.sub), 409)
-    authorize = press(browser, "/dashboard", "Add Provider second").headers["Location"]
+    authorize = press(browser, "/dashboard/settings", "Add Provider second").headers["Location"]
     browser.get(second_provider.sign_in(authorize, other.sub))
     # Somebody else's identity, and one nobody has.
     sign_in(stranger, openid_provider, "rs", who := person(openid_provider))
     is_page(unlink(browser, openid_provider.issuer, who.sub), 404)
     is_page(unlink(browser, openid_provider.issuer, "nobody"), 404)
     without = browser.post(
-        "/dashboard/identities/unlink", {"issuer": openid_provider.issuer, "subject": one.sub}
+        "/dashboard/settings/identities/unlink", {"issuer": openid_provider.issuer, "subject": one.sub}
     )
     is_page(without, 403)
     assert len(identities(browser)) == 2
     # The first goes, by the page's own form; what is left is the last.
-    unlinked = browser.submit("/dashboard", "/dashboard/identities/unlink")
+    unlinked = browser.submit("/dashboard/settings", "/dashboard/settings/identities/unlink")
     assert unlinked.status == 303
     ((issuer, subject),) = identities(browser)
     is_page(unlink(browser, issuer, subject), 409)
@@ -1479,7 +1479,7 @@ def test_an_identity_that_was_unlinked_is_nobodys(
     added = closed_box.cli("users", "add", who.email, "--password-stdin", stdin=PASSWORD)
     assert added.exit_code == 0, added.output
     browser.sign_in(who.email)
-    authorize = press(browser, "/dashboard", "Add Provider rs").headers["Location"]
+    authorize = press(browser, "/dashboard/settings", "Add Provider rs").headers["Location"]
     browser.get(openid_provider.sign_in(authorize, who.sub))
     assert unlink(browser, openid_provider.issuer, who.sub).status == 303
     assert identities(browser) == []
@@ -1530,7 +1530,7 @@ def test_somebody_new_joins_an_account_through_a_provider(
     assert back.status == 303
     shown = browser.follow(back)
     assert shown.status == 200
-    assert f"<h1>{who.email}</h1>" in shown.body.decode()
+    assert f'<span class="who">{who.email}</span>' in shown.body.decode()
     assert belongs_to(browser, account_of(host))
     assert account_of(browser) != account_of(host)  # which they have beside it
     # The invitation is used up, by them and for everybody.

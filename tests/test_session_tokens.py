@@ -562,7 +562,7 @@ def test_signing_out_ends_the_tokens_of_that_session_and_no_other(
     # And from the other browser's list.
     token = mint(backstage, email)
     assert workers.say(token) == OK
-    path = f"/dashboard/sessions/{claims_of(token)['sid']}/end"
+    path = f"/dashboard/settings/sessions/{claims_of(token)['sid']}/end"
     ended = there.post(path, {"csrf_token": there.csrf()})
     assert ended.status == 303, ended.body
     assert workers.say(token) == REFUSED

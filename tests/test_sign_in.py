@@ -199,7 +199,7 @@ def test_who_follows_the_set_up_link_is_signed_in(fresh: Box) -> None:
     link, me = f"/setup?token={welcome.setup_token}", browser(fresh)
     answer = me.submit(link, email="First@Example.com", password=PASSWORD)
     assert (answer.status, answer.headers["Location"]) == (303, "/dashboard")
-    assert "<h1>first@example.com</h1>" in me.follow(answer).body.decode()
+    assert '<span class="who">first@example.com</span>' in me.follow(answer).body.decode()
     assert me.get(link).status == browser(fresh).get(link).status == 404
     assert is_signed_in(signed_in(fresh, "first@example.com"))
 
@@ -212,7 +212,7 @@ def test_a_person_signs_in_however_they_type_their_address(
     email, me = person(box), browser(box)
     assert me.sign_in(typed.format(change(email))).status == 303
     page = me.get("/dashboard")
-    assert f"<h1>{email}</h1>" in page.body.decode()
+    assert f'<span class="who">{email}</span>' in page.body.decode()
     assert "Sign out" in page.body.decode()
 
 
@@ -351,7 +351,7 @@ def test_a_cookie_planted_before_a_sign_in_opens_nothing_after_it(box: Box) -> N
     assert victim.cookies["farebox"] != planted
     assert not is_signed_in(with_cookie(box, planted))
     # Nor is a form that was prepared then any good now.
-    page = victim.post("/dashboard/session-token", {"csrf_token": before})
+    page = victim.post("/dashboard/billing/session-token", {"csrf_token": before})
     refused(page, 403, "csrf_failed")
     # One that signs the victim in as the attacker is the attacker's no more.
     mallory = signed_in(box)
@@ -700,7 +700,7 @@ def forms_to(page: Answer, pattern: str) -> list[str]:
     return re.findall(rf'<form method="post" action="({pattern})"', page.body.decode())
 
 
-ENDINGS = r"/dashboard/sessions/sess_[0-9a-f]{24}/end"
+ENDINGS = r"/dashboard/settings/sessions/sess_[0-9a-f]{24}/end"
 
 
 def test_a_person_sees_their_sign_ins_and_ends_one(box: Box) -> None:
@@ -708,20 +708,20 @@ def test_a_person_sees_their_sign_ins_and_ends_one(box: Box) -> None:
     away = signed_in(box, email, agent=f"Away {XSS}")
     token = away.token()
     here = signed_in(box, email, agent="x" * 5000)
-    page = here.get("/dashboard")
+    page = here.get("/dashboard/settings")
     text = page.body.decode()
     assert "Away &lt;script&gt;" in text and "<script" not in text and "<img" not in text
     assert "x" * 200 in text and "x" * 201 not in text
     assert text.count("this browser") == 1
     assert re.search(r"password · <strong>this browser</strong><br>\s*<span[^>]*>10\.1\.", text)
     newest, oldest = forms_to(page, ENDINGS)
-    ended = here.submit("/dashboard", oldest)
+    ended = here.submit("/dashboard/settings", oldest)
     assert (ended.status, ended.headers["Location"]) == (303, "/dashboard")
     assert not is_signed_in(away)
     assert who_am_i(box, token).code == "invalid_token"
-    assert forms_to(here.get("/dashboard"), ENDINGS) == [newest]
+    assert forms_to(here.get("/dashboard/settings"), ENDINGS) == [newest]
     refused(here.post(oldest, {"csrf_token": here.csrf()}), 404, "not_found")
-    left = here.submit("/dashboard", newest)  # its own
+    left = here.submit("/dashboard/settings", newest)  # its own
     assert (left.status, left.headers["Location"]) == (303, "/login")
     assert here.cookies == {} and not is_signed_in(here)
 
@@ -730,7 +730,7 @@ def test_a_person_signs_out_everywhere(box: Box) -> None:
     email = person(box)
     mine = [signed_in(box, email) for _ in range(3)]
     bystander, token = signed_in(box), mine[0].token()
-    answer = mine[1].submit("/dashboard", "/dashboard/sessions/end-all")
+    answer = mine[1].submit("/dashboard/settings", "/dashboard/settings/sessions/end-all")
     assert (answer.status, answer.headers["Location"]) == (303, "/login")
     assert not any(is_signed_in(one) for one in mine)
     assert who_am_i(box, token).code == "invalid_token"
@@ -739,9 +739,9 @@ def test_a_person_signs_out_everywhere(box: Box) -> None:
 
 def test_nobody_ends_the_sign_in_of_another(box: Box) -> None:
     theirs, me = signed_in(box), signed_in(box, person(box, "--operator"))
-    (ending,) = forms_to(theirs.get("/dashboard"), ENDINGS)
+    (ending,) = forms_to(theirs.get("/dashboard/settings"), ENDINGS)
     before = everything_stored(box)
-    for path in (ending, "/dashboard/sessions/sess_0/end", "/dashboard/sessions/%00/end"):
+    for path in (ending, "/dashboard/settings/sessions/sess_0/end", "/dashboard/settings/sessions/%00/end"):
         refused(me.post(path, {"csrf_token": me.csrf()}), 404, "not_found")
     assert everything_stored(box) == before
     assert is_signed_in(theirs)
@@ -854,7 +854,7 @@ def test_every_form_of_every_page_carries_its_token(box: Box) -> None:
     pages = [me.get(path) for path in ("/", "/dashboard", invite, "/docs/errors", "/nowhere")]
     for path in ("/login", "/signup", "/forgot", f"/reset?token={token_of(reset)}", invite):
         pages.append(browser(box).get(path))
-    pages.append(me.post("/dashboard/session-token", {"csrf_token": me.csrf()}))
+    pages.append(me.post("/dashboard/billing/session-token", {"csrf_token": me.csrf()}))
     seen = set()
     for page in pages:
         for form in re.findall(r"<form\b.*?</form>", page.body.decode(), re.S):
@@ -866,7 +866,7 @@ def test_every_form_of_every_page_carries_its_token(box: Box) -> None:
     assert {path for _, path in page_rules(box)} - seen <= {
         "/setup",  # of the first run
         "/forgot",  # there is no mail here
-        "/dashboard/identities/unlink",  # nor another way to sign in
+        "/dashboard/settings/identities/unlink",  # nor another way to sign in
     }
 
 
@@ -946,7 +946,7 @@ def test_whoever_signs_up_gets_an_account_with_the_first_credits(box: Box) -> No
     me, email = browser(box), name()
     answer = me.submit("/signup", email=f" {email.upper()}", password=PASSWORD)
     assert (answer.status, answer.headers["Location"]) == (303, "/dashboard")
-    assert f"<h1>{email}</h1>" in me.follow(answer).body.decode()
+    assert f'<span class="who">{email}</span>' in me.follow(answer).body.decode()
     assert balance(box, email) == CREDITS
     assert who_am_i(box, me.token()).json()["credits"] == CREDITS
     assert not said(box, "users", "list").endswith("operator")
@@ -1403,7 +1403,7 @@ def test_every_page_is_whole_and_gives_nothing_away(mailing: Box) -> None:
         (403, "This form is too old, or was not sent from here. Load it again.",
          me.post("/logout", {})),
         (404, "There is nothing here",
-         me.post("/dashboard/sessions/x/end", {"csrf_token": me.csrf()})),
+         me.post("/dashboard/settings/sessions/x/end", {"csrf_token": me.csrf()})),
         (404, "There is nothing here", me.get("/nowhere")),
         (405, "Use one of: ", me.get("/logout")),
     ]  # fmt: skip

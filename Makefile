@@ -3,14 +3,15 @@ PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 p
 	command -v $$p >/dev/null 2>&1 && \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-OPENID := tests/openid/node_modules/.package-lock.json
+# What the tests have from npm: an OpenID provider, and axe-core.
+NPM := $(patsubst %,tests/%/node_modules/.package-lock.json,openid axe)
 
-.PHONY: run test check bench torture lock clean
+.PHONY: run test check bench bench-pages torture lock clean
 
 run: .venv/installed ## install, set up and serve in the foreground
 	@exec $(BIN)/gunicorn -c gunicorn.conf.py
 
-test: .venv/dev-installed $(OPENID) ## every test that can run here
+test: .venv/dev-installed $(NPM) ## every test that can run here
 	@$(BIN)/python -m pytest
 
 check: .venv/dev-installed ## format, lint, types, as CI does
@@ -22,7 +23,10 @@ bench: .venv/dev-installed ## Farebox beside a bare pass-through
 	@$(BIN)/python bench/run.py
 	@$(BIN)/python bench/ledger.py
 
-torture: .venv/dev-installed $(OPENID) ## the long sizes of the race and crash tests
+bench-pages: .venv/dev-installed ## the dashboard over a million calls, beside an empty one
+	@$(BIN)/python bench/pages.py
+
+torture: .venv/dev-installed $(NPM) ## the long sizes of the race and crash tests
 	@FAREBOX_TORTURE=1 $(BIN)/python -m pytest
 
 lock: .venv/uv ## pin requirements.txt and all it needs, by hash
@@ -46,13 +50,13 @@ lock: .venv/uv ## pin requirements.txt and all it needs, by hash
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-# The OpenID provider of the tests, which are skipped where it cannot be installed.
-$(OPENID): tests/openid/package.json tests/openid/package-lock.json
+# What cannot be installed here, the tests that need it are skipped.
+tests/%/node_modules/.package-lock.json: tests/%/package.json tests/%/package-lock.json
 	@if ! command -v npm >/dev/null; then \
-		echo "npm is missing: the tests with an OpenID provider will be skipped."; \
-	elif (cd tests/openid && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error \
+		echo "npm is missing: the tests that need what is in tests/$* will be skipped."; \
+	elif (cd tests/$* && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error \
 		>/dev/null); then touch $@; \
-	else echo "npm ci failed: the tests with an OpenID provider will be skipped."; fi
+	else echo "npm ci failed: the tests that need what is in tests/$* will be skipped."; fi
 
 clean: ## remove what make built; the instance folder stays
-	@rm -rf .venv tests/openid/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf .venv tests/*/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis

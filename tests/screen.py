@@ -1,0 +1,306 @@
+"""A person's browser with a screen: Debian's Chromium, driven by Playwright; and axe-core, to find
+what shuts people out.
+
+Every page a `Screen` shows is watched: whatever a person would find in the console or miss on the
+page fails the test at its end, whether the test looked there or not.
+
+    FAREBOX_LOOK=/tmp/look make test    keeps a picture of every page that `look` saw
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import urlsplit
+
+import pytest
+from browser import PASSWORD
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, ConsoleMessage, Page, Request, Response
+    from server import Farebox
+
+WIDE, NARROW = 1280, 390
+NAMES = ("chromium", "chromium-browser", "google-chrome")  # of the program; Debian's is the first
+AXE = Path(__file__).resolve().parent / "axe" / "node_modules" / "axe-core" / "axe.min.js"
+MOST_STOPS = 500
+# Chromium's line for an answer of 400 or more, which `Screen` hears of from the answer itself.
+_STATUS_LINE = "Failed to load resource: the server responded with a status of"
+
+OpenScreen: TypeAlias = "Callable[..., Screen]"
+
+
+def program() -> str | None:
+    """The path of the browser; None when there is none."""
+    return next(filter(None, map(shutil.which, NAMES)), None)
+
+
+def why_not() -> str | None:
+    """What is missing to show pages here; None when nothing is."""
+    if importlib.util.find_spec("playwright") is None:
+        return "the tests on a screen need Playwright: `make test` installs it by pip"
+    if program() is None:
+        return "the tests on a screen need Chromium: `apt-get install chromium`"
+    if not AXE.is_file():
+        return "the tests on a screen need axe-core: `make test` installs it by npm"
+    return None
+
+
+class Screen:
+    """One person's browser at one instance, and the page they look at.
+
+    `width` is the window's; `scripts=False` has a browser without JavaScript; `scheme` is `light`
+    or `dark`. The `page` is Playwright's, for all that this class does not offer.
+    """
+
+    def __init__(
+        self,
+        chromium: Browser,
+        box: Farebox,
+        *,
+        width: int = WIDE,
+        height: int = 800,
+        scripts: bool = True,
+        scheme: str = "light",
+        **options: Any,
+    ) -> None:
+        self.box = box
+        self.width = width
+        self.scripts = scripts
+        self.scheme = scheme
+        self.faults: list[str] = []
+        self._host = urlsplit(box.url).netloc
+        self._expected: tuple[int, ...] = ()
+        self._chromium = chromium
+        self._options = {
+            "base_url": box.url,
+            "viewport": {"width": width, "height": height},
+            "color_scheme": scheme,
+            "reduced_motion": "reduce",
+            "locale": "en-US",
+            "timezone_id": "UTC",
+        } | options
+        self.context = chromium.new_context(**self._options, java_script_enabled=scripts)
+        self.context.set_default_timeout(10_000)
+        self.context.on("console", self._said)
+        self.context.on("weberror", lambda error: self._fault(f"script: {error.error}"))
+        self.context.on("request", self._asked)
+        self.context.on("requestfailed", self._failed)
+        self.context.on("response", self._answered)
+        self.page: Page = self.context.new_page()
+
+    # What it watches.
+
+    def _fault(self, what: str) -> None:
+        self.faults.append(f"{self.page.url}: {what}")
+
+    def _said(self, message: ConsoleMessage) -> None:
+        # A violation of the pages' policy is told here as well.
+        if message.type in ("error", "warning") and not message.text.startswith(_STATUS_LINE):
+            self._fault(f"console: {message.text}")
+
+    def _asked(self, request: Request) -> None:
+        url = urlsplit(request.url)
+        if url.scheme not in ("data", "blob", "about") and url.netloc != self._host:
+            self._fault(f"a request left the instance: {request.url}")
+
+    def _failed(self, request: Request) -> None:
+        # What a person leaves or downloads is broken off, which is no fault.
+        if request.failure != "net::ERR_ABORTED":
+            self._fault(f"{request.method} {request.url} failed: {request.failure}")
+
+    def _answered(self, response: Response) -> None:
+        if response.status >= 400 and response.status not in self._expected:
+            self._fault(f"{response.request.method} {response.url} answered {response.status}")
+
+    @contextlib.contextmanager
+    def expecting(self, *statuses: int) -> Iterator[None]:
+        """In this block answers with these statuses are no fault, of the document or of what its
+        scripts ask for."""
+        before, self._expected = self._expected, statuses
+        try:
+            yield
+        finally:
+            self._expected = before
+
+    def close(self) -> None:
+        """Shut the browser; fails when there was something wrong with what it showed."""
+        self.context.close()
+        assert not self.faults, "\n".join(self.faults)
+
+    # What a person does.
+
+    def open(self, path: str, status: int = 200) -> Page:
+        """Load a page, which must answer with this status after any redirects."""
+        with self.expecting(status):
+            answer = self.page.goto(path, wait_until="load")
+        assert answer is not None and answer.status == status, (path, answer and answer.status)
+        return self.page
+
+    @contextlib.contextmanager
+    def leads(self, status: int = 200) -> Iterator[None]:
+        """What is done in this block, such as pressing a button, loads a page with this status."""
+        with self.expecting(status):
+            with self.page.expect_navigation(wait_until="load") as went:
+                yield
+            answer = went.value
+        assert answer is not None and answer.status == status, (
+            self.page.url,
+            answer and answer.status,
+        )
+
+    def press(self, name: str, status: int = 200) -> None:
+        """Press the button of that name, which loads a page with this status."""
+        with self.leads(status):
+            self.page.get_by_role("button", name=name, exact=True).click()
+
+    def sign_in(self, email: str, password: str = PASSWORD) -> Page:
+        self.open("/login")
+        self.page.get_by_label("Email").fill(email)
+        self.page.get_by_label("Password").fill(password)
+        self.press("Sign in")
+        return self.page
+
+    # What a person meets.
+
+    def sticking_out(self) -> list[str]:
+        """The elements that make the page wider than its window, as their tags; none is right."""
+        found: list[str] = self.page.evaluate(
+            """() => {
+                const page = document.scrollingElement, wide = innerWidth;
+                if (page.scrollWidth <= wide) return [];
+                const out = [...document.body.querySelectorAll('*')].filter(
+                    (each) => each.getBoundingClientRect().right > wide + 0.5);
+                return [`${page.scrollWidth} px of ${wide}`,
+                    ...out.map((each) => each.cloneNode(false).outerHTML.slice(0, 200))];
+            }"""
+        )
+        return found
+
+    def tab_to(self, selector: str) -> None:
+        """Press Tab until the element of this selector has the focus, which it may have already."""
+        wanted = self.page.locator(selector)
+        for _ in range(MOST_STOPS):
+            if wanted.evaluate("(each) => each === document.activeElement"):
+                return
+            self.page.keyboard.press("Tab")
+        raise AssertionError(f"Tab does not come to {selector}")
+
+    def stops(self) -> list[str]:
+        """The elements Tab goes through on this page, as their tags. Fails when one of them does
+        not show that it has the focus, or when Tab never comes to an end."""
+        self.page.evaluate(
+            "() => { document.activeElement?.blur(); getSelection().removeAllRanges(); }"
+        )
+        found: list[str] = []
+        for _ in range(MOST_STOPS):
+            self.page.keyboard.press("Tab")
+            at: dict[str, Any] | None = self.page.evaluate(_FOCUSED)
+            if at is None or at["again"]:
+                return found
+            assert at["shown"], f"nothing shows the focus on {at['tag']}"
+            found.append(at["tag"])
+        raise AssertionError(f"Tab goes on for ever: {found[-5:]}")
+
+    def violations(self) -> list[str]:
+        """What axe-core finds serious or critical on this page, each with the elements it means."""
+        with self._where_scripts_run() as page:
+            # Evaluated by the debugger, which the pages' policy on scripts does not concern.
+            page.evaluate(_axe())
+            found = page.evaluate("() => axe.run(document, {resultTypes: ['violations']})")
+        return [
+            f"{each['id']} ({each['impact']}): {each['help']}\n"
+            + "\n".join(
+                f"    {node['html']}\n      {node['failureSummary']}" for node in each["nodes"]
+            )
+            for each in found["violations"]
+            if each["impact"] in ("serious", "critical")
+        ]
+
+    @contextlib.contextmanager
+    def _where_scripts_run(self) -> Iterator[Page]:
+        """The page, or where it has no scripts the same elements in a browser that has them."""
+        if self.scripts:
+            yield self.page
+            return
+        here, shown = self.page.url, re.sub(r"(?s)<script.*?</script>", "", self.page.content())
+        shown = re.sub(r"<(/?)noscript\b", r"<\1div", shown)
+        with self._chromium.new_context(**self._options) as context:
+            page = context.new_page()
+            page.route(here, lambda route: route.fulfill(body=shown, content_type="text/html"))
+            page.goto(here, wait_until="load")
+            yield page
+
+    def picture(self) -> None:
+        """Keep a picture of the page in the folder that FAREBOX_LOOK names, if it does."""
+        folder = os.environ.get("FAREBOX_LOOK")
+        if folder:
+            url = urlsplit(self.page.url)
+            words = (
+                re.sub(r"[^A-Za-z0-9]+", "-", f"{url.path} {url.query}").strip("-")[:80] or "home"
+            )
+            name = f"{words}.{self.width}.{self.scheme}{'' if self.scripts else '.plain'}.png"
+            self.page.screenshot(path=Path(folder, name), full_page=True)
+
+
+# Each stop is remembered on the element itself: two that look alike are two stops.
+_FOCUSED = """() => {
+    const at = document.activeElement;
+    if (!at || at === document.body || at === document.documentElement) return null;
+    const again = at.wasAStop === true, style = getComputedStyle(at);
+    at.wasAStop = true;
+    const shown = at.matches(':focus-visible') && (style.boxShadow !== 'none'
+        || (style.outlineStyle !== 'none' && parseFloat(style.outlineWidth) > 0));
+    return {again, shown, tag: at.cloneNode(false).outerHTML.slice(0, 200)};
+}"""
+
+
+@functools.cache
+def _axe() -> str:
+    return AXE.read_text("utf-8")
+
+
+def look(screen: Screen, path: str, status: int = 200) -> Page:
+    """Open a page and see what any page owes anybody: nothing wider than the window, every stop of
+    Tab visible, nothing serious or critical to axe-core."""
+    page = screen.open(path, status)
+    screen.picture()
+    assert not (out := screen.sticking_out()), "\n".join(out)
+    screen.stops()
+    assert not (found := screen.violations()), "\n".join(found)
+    return page
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """The one browser of the run; each `Screen` has cookies of its own in it."""
+    missing = why_not()
+    if missing is not None:
+        pytest.skip(missing)
+    from playwright.sync_api import sync_playwright
+
+    with (
+        sync_playwright() as playwright,
+        playwright.chromium.launch(executable_path=program(), args=["--no-sandbox"]) as browser,
+    ):
+        yield browser
+
+
+@pytest.fixture
+def open_screen(chromium: Browser) -> Iterator[OpenScreen]:
+    """`open_screen(box, width=NARROW, scheme="dark", …)`: a `Screen` that is judged at the end."""
+    with contextlib.ExitStack() as stack:
+
+        def opened(box: Farebox, **options: Any) -> Screen:
+            screen = Screen(chromium, box, **options)
+            stack.callback(screen.close)
+            return screen
+
+        yield opened

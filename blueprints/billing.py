@@ -40,9 +40,14 @@ blueprint.before_request(before)
 
 QUICK_NAME = "Cursor / agent"
 KINDS = {  # of entries, in people's words
-    "grant": "Granted", "signup": "Welcome credits", "topup": "Top-ups", "voucher": "Vouchers",
-    "capture": "Calls", "refund": "Refunds", "adjustment": "Adjustments",
-}  # fmt: skip
+    "grant": "Grant",
+    "signup": "Welcome credits",
+    "topup": "Top-up",
+    "voucher": "Voucher",
+    "capture": "Charge",
+    "refund": "Refund",
+    "adjustment": "Adjustment",
+}
 GRACES = {"0": "at once", "3600": "in an hour", "86400": "in a day", "604800": "in a week"}
 _ENTRIES = 20
 _PER_PAGE = 100

@@ -3,18 +3,17 @@
 import msgspec
 from flask import Blueprint, Response
 
+from blueprints import inviting
 from blueprints.api import act, manager, managing, named, require_owner
+from blueprints.inviting import Invitation
 from blueprints.rendering import instance, json_response
-from core import limits, mail, members, users
+from core import members
 from core.audit import Actor
 from core.members import Member, Terms
 from core.session_tokens import Bearer
 from models import Tx
 
 blueprint = Blueprint("members", __name__, url_prefix="/api/v1/members")
-
-
-_MAILS_PER_MINUTE = 5  # that an account's owners have sent to others
 
 
 class _Invitation(msgspec.Struct, forbid_unknown_fields=True):
@@ -48,21 +47,13 @@ def invite() -> Response:
     principal, wish = managing(_Invitation)
     terms = Terms(wish.role, wish.credit_limit, wish.credit_period)
 
-    def work(tx: Tx, bearer: Bearer, by: Actor, now: int) -> tuple[Member, str, bool, str | None]:
+    def work(tx: Tx, bearer: Bearer, by: Actor, now: int) -> Invitation:
         require_owner(bearer)
-        email = users.checked_email(wish.email)
-        member, token, is_worth = members.invite(tx, bearer.account_id, email, terms, now, by)
-        rate = limits.spend_rate(tx, f"mail:{bearer.account_id}", _MAILS_PER_MINUTE, now)
-        inviter = users.get(tx, bearer.user_id).email
-        return member, token, is_worth and not rate.exceeded, inviter
+        return inviting.invite(tx, bearer, wish.email, terms, now, by)
 
-    member, token, is_mailed, inviter = act(principal, work)
-    settings = instance().settings
-    url = f"{settings.public_url}/invite?token={token}"
-    if settings.smtp is not None and member.email is not None and is_mailed:
-        text = mail.invitation_text(url, inviter)
-        mail.send_later(settings.smtp, member.email, "An invitation", text)
-    return json_response(member.to_json() | {"invite_url": url}, 201)
+    made = act(principal, work)
+    url, _ = inviting.deliver(made)
+    return json_response(made.member.to_json() | {"invite_url": url}, 201)
 
 
 @blueprint.patch("/<member_id>")

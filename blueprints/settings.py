@@ -4,10 +4,12 @@ from flask import Blueprint, Response, flash, redirect, request
 from flask_login import login_required
 from werkzeug.wrappers import Response as BaseResponse
 
+from blueprints import inviting
+from blueprints.inviting import Invitation
 from blueprints.pages import act, before, field, require_owner, required, seat, show, visitor, whole
 from blueprints.rendering import instance
 from blueprints.visitors import sign_in, sign_out, with_password
-from core import clock, errors, keys, limits, mail, members, passwords, sessions, users
+from core import clock, errors, keys, members, passwords, sessions, users
 from core.audit import Actor
 from core.errors import Refusal
 from core.members import Member, Terms
@@ -16,8 +18,6 @@ from models import Tx
 
 blueprint = Blueprint("settings", __name__, url_prefix="/dashboard/settings")
 blueprint.before_request(before)
-
-_MAILS_PER_MINUTE = 5  # that an account's owners have sent to others
 
 
 @blueprint.get("")
@@ -79,24 +79,17 @@ def password() -> BaseResponse:
 def invite() -> Response:
     """Invite somebody by a link that works once, shown here and, in measure, mailed."""
 
-    def work(tx: Tx, who: Seat, by: Actor, now: int) -> tuple[Member, str, bool, str | None]:
+    def work(tx: Tx, who: Seat, by: Actor, now: int) -> Invitation:
         require_owner(who)
-        member, token, is_worth = members.invite(tx, who.account_id, email, terms, now, by)
-        rate = limits.spend_rate(tx, f"mail:{who.account_id}", _MAILS_PER_MINUTE, now)
-        return member, token, is_worth and not rate.exceeded, users.get(tx, who.user_id).email
+        return inviting.invite(tx, who, email, terms, now, by)
 
     try:
-        email = users.checked_email(required("email", "The e-mail"))
-        terms = _terms()
-        member, token, is_mailed, inviter = act(work)
+        email, terms = required("email", "The e-mail"), _terms()
+        made = act(work)
     except Refusal as refusal:
         return _home(refusal)
-    settings = instance().settings
-    url = f"{settings.public_url}/invite?token={token}"
-    mailed = settings.smtp is not None and is_mailed
-    if settings.smtp is not None and is_mailed:
-        mail.send_later(settings.smtp, email, "An invitation", mail.invitation_text(url, inviter))
-    return show("dashboard/invited.html", member=member, url=url, mailed=mailed)
+    url, mailed = inviting.deliver(made)
+    return show("dashboard/invited.html", member=made.member, url=url, mailed=mailed)
 
 
 @blueprint.route("/members/<member_id>", methods=["GET", "POST"])

@@ -14,6 +14,7 @@ from core.access import Principal
 from core.audit import Actor
 from core.errors import Refusal
 from core.session_tokens import Bearer
+from core.sessions import Seat
 from models import Tx
 
 T = TypeVar("T")
@@ -48,9 +49,9 @@ def act(principal: Principal, work: Callable[[Tx, Bearer, Actor, int], T]) -> T:
     return instance().db.write(transaction, durable=True)
 
 
-def require_owner(bearer: Bearer) -> None:
+def require_owner(who: Bearer | Seat) -> None:
     """Raises `forbidden` for a member who tries what owners do."""
-    if not bearer.is_owner:
+    if not who.is_owner:
         raise Refusal("forbidden", "Only an owner of the account may do that.")
 
 

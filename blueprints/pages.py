@@ -116,12 +116,6 @@ def not_operator() -> Refusal:
     return Refusal("forbidden", "Only the operator of this instance may do that.")
 
 
-def require_owner(who: Seat) -> None:
-    """Raises `forbidden` for a member who tries what owners do."""
-    if not who.is_owner:
-        raise Refusal("forbidden", "Only an owner of the account may do that.")
-
-
 def show(
     template: str, status: int = 200, problem: Refusal | None = None, **values: Any
 ) -> Response:

@@ -5,8 +5,9 @@ from flask_login import login_required
 from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints import inviting
+from blueprints.api import require_owner
 from blueprints.inviting import Invitation
-from blueprints.pages import act, before, field, require_owner, required, seat, show, visitor, whole
+from blueprints.pages import act, before, field, required, seat, show, visitor, whole
 from blueprints.rendering import instance
 from blueprints.visitors import sign_in, sign_out, with_password
 from core import clock, errors, keys, members, passwords, sessions, users

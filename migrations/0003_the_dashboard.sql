@@ -81,5 +81,6 @@ CREATE TABLE voucher (
     CHECK (redeemed_at IS NULL OR cancelled_at IS NULL)
 );
 
--- The operator lists the keys of all accounts, newest first.
+-- The operator lists all accounts and all keys, newest first.
+CREATE INDEX account_by_age ON account (created_at, id);
 CREATE INDEX api_key_by_age ON api_key (created_at, id);

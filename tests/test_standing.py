@@ -144,7 +144,7 @@ def test_an_identity_that_is_unlinked_opens_nothing_any_more(box: Box, issuer: I
         " WHERE id = (SELECT id FROM session ORDER BY rowid DESC LIMIT 1)"
     )
     fields = {"csrf_token": me.csrf(), "issuer": "privy.io", "subject": "did:privy:bea"}
-    assert me.post("/dashboard/identities/unlink", fields).status == 303
+    assert me.post("/dashboard/settings/identities/unlink", fields).status == 303
     assert told(box.get("/api/v1/account", outside)) == (401, "invalid_token")
     assert me.get("/dashboard").status == 200
     assert elsewhere.get("/dashboard").status == 303
@@ -162,9 +162,9 @@ def test_the_last_way_in_is_one_that_leads_in(box: Box) -> None:
         )
     box.run("UPDATE user SET password_hash = NULL WHERE id = :id", id=user.id)
     fields = {"csrf_token": me.csrf(), "issuer": home, "subject": "cy"}
-    assert me.post("/dashboard/identities/unlink", fields).status == 409
+    assert me.post("/dashboard/settings/identities/unlink", fields).status == 409
     fields |= {"issuer": "privy.io", "subject": "did:privy:cy"}
-    assert me.post("/dashboard/identities/unlink", fields).status == 303
+    assert me.post("/dashboard/settings/identities/unlink", fields).status == 303
     with box.instance.db.reading() as tx:
         assert users.identities_of(tx, user.id) == [(home, "cy")]
 

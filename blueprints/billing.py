@@ -13,6 +13,7 @@ from blueprints import pictures
 from blueprints.pages import (
     act,
     before,
+    counted,
     cursor,
     day_name,
     field,
@@ -102,7 +103,7 @@ def redeem() -> BaseResponse:
         if refusal.code == "not_found":
             refusal.message = "That code is not one of ours, or was used before."
         return _home(refusal)
-    flash(f"Added {pictures.counted(added, 'credit')}.")
+    flash(f"Added {counted(added, 'credit')}.")
     return redirect("/dashboard/billing", 303)
 
 
@@ -349,6 +350,7 @@ def statement() -> Response:
     first, last = _days(month.year, month.month)
     with instance().db.snapshot() as tx:
         opening = daily.balance_before(tx, account_id, first)
+        has_earlier = daily.has_entries_before(tx, account_id, first)
         kinds = daily.kinds(tx, account_id, first, last)
         captures = daily.entered_by_day(tx, account_id, "capture", first, last)
         aside = [kind for kind in kinds if kind.kind != "capture"]
@@ -356,15 +358,16 @@ def statement() -> Response:
             tx, account_id, min((kind.first_number for kind in aside), default=1),
             max((kind.last_number for kind in aside), default=0), _PER_BATCH,
         )  # fmt: skip
-    days = {day_name(day) for day in range(first, last + 1)}
+    days, is_cut = {day_name(day) for day in range(first, last + 1)}, len(others) == _PER_BATCH
     others = [entry for entry in others if entry["created_at"][:10] in days]
-    earlier, later = month - timedelta(days=1), month + timedelta(days=31)
+    is_over = last < pictures.today()
     return show(
         "dashboard/statement.html", month=month, opening=opening, kinds=kinds,
         by_day=[(day_name(day), count, amount) for day, count, amount in captures],
         closing=opening + sum(kind.amount for kind in kinds), others=others,
-        earlier=f"{earlier:%Y-%m}", later=f"{later:%Y-%m}" if last < pictures.today() else None,
-        is_over=last < pictures.today(), words=KINDS, made_at=clock.now_ms(),
+        is_cut=is_cut, is_over=is_over, words=KINDS, made_at=clock.now_ms(),
+        earlier=f"{month - timedelta(days=1):%Y-%m}" if has_earlier else None,
+        later=f"{month + timedelta(days=31):%Y-%m}" if is_over else None,
     )  # fmt: skip
 
 

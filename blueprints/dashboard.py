@@ -7,8 +7,8 @@ from flask_login import login_required
 from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints import pictures
-from blueprints.pages import before, choose, names_of, seat, show
-from blueprints.pictures import Bar, bars, counted
+from blueprints.pages import before, choose, counted, day_name, names_of, seat, show
+from blueprints.pictures import Bar, bars
 from blueprints.rendering import instance
 from blueprints.visitors import local_path
 from core import calls, clock, daily, examples, keys, ledger
@@ -20,6 +20,8 @@ blueprint = Blueprint("dashboard", __name__, url_prefix="/dashboard")
 blueprint.before_request(before)
 
 _DAYS = 30
+_DAYS_OF_YEAR = 365
+_LOOKED_AT = 100  # keys, for one that works
 _ENOUGH_DAYS = 3  # with credits for less at the pace of the last seven, they run low
 
 
@@ -35,7 +37,7 @@ def home() -> Response:
         standing = ledger.standing(tx, who.account_id)
         expiring, unused = keys.in_need_of_care(tx, who.account_id, whose, now)
         is_new = not ledger.has_called(tx, who.account_id)
-        has_key = bool(keys.newest(tx, who.account_id, whose, None, 1))
+        mine = keys.newest(tx, who.account_id, whose, None, _LOOKED_AT) if is_new else []
         names = names_of(tx, {group.user_id for group in groups if group.user_id})
     spent = {days: _since(groups, today - days + 1) for days in (1, 7, _DAYS)}
     routes = found.catalog.routes
@@ -44,11 +46,13 @@ def home() -> Response:
         "dashboard/home.html",
         spent=spent,
         refunds=next((kind for kind in kinds if kind.kind == "refund"), None),
+        a_year_ago=day_name(today - _DAYS_OF_YEAR),
         days=pictures.by_day(groups, today - _DAYS + 1, today, of_failed=False),
         people=_by(groups, "user_id", names),
         routes=_by(groups, "route", {}),
         expiring=expiring, unused=unused, low=_runs_low(standing, spent[7].captured),
-        is_new=is_new, has_key=has_key,
+        is_new=is_new,
+        has_key=any(key.status_at(now) == "active" for key in mine),
         curl=example and examples.curl(found.settings.public_url, example, "$FAREBOX_API_KEY"),
     )  # fmt: skip
 

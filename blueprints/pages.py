@@ -39,8 +39,9 @@ class Account(NamedTuple):
 def register(app: Flask) -> None:
     """Give templates their words for numbers and times."""
     app.jinja_env.filters.update(
-        number=number, when=when, dollars=dollars, worth=lambda credits: instance().worth(credits)
-    )
+        number=number, counted=counted, plural=plural, when=when, dollars=dollars,
+        worth=lambda credits: instance().worth(credits),
+    )  # fmt: skip
 
 
 def before() -> None:
@@ -161,6 +162,16 @@ def names_of(tx: Tx, user_ids: set[str]) -> dict[str, str]:
 def number(value: int) -> str:
     """A whole number as people read it."""
     return f"{value:,}".replace("-", "−")
+
+
+def counted(value: int, thing: str) -> str:
+    """A number of things."""
+    return f"{number(value)} {plural(value, thing)}"
+
+
+def plural(value: int, thing: str) -> str:
+    """What so many of a thing are called."""
+    return thing if value == 1 else f"{thing}s"
 
 
 def dollars(amount: Decimal) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from blueprints.pages import day_name, number
+from blueprints.pages import counted, day_name, number
 from core import clock
 from core.daily import Group
 
@@ -60,11 +60,6 @@ def by_day(
         )
         for name, (start, end) in spans.items()
     )
-
-
-def counted(value: int, thing: str) -> str:
-    """A number of things."""
-    return f"{number(value)} {thing}{'' if value == 1 else 's'}"
 
 
 def today() -> int:

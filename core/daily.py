@@ -211,6 +211,12 @@ def balance_before(tx: Tx, account_id: str, day: int) -> int:
     return int(row[0])
 
 
+def has_entries_before(tx: Tx, account_id: str, day: int) -> bool:
+    """Whether anything came or went before that day."""
+    query = "SELECT 1 FROM entry_day WHERE account_id = :account AND day < :day LIMIT 1"
+    return tx.row(query, {"account": account_id, "day": day}) is not None
+
+
 # Proof
 
 

@@ -424,7 +424,7 @@ _OF_A_CALL_DAY = (
     "first_number = first_number + 1", "first_number = first_number - 1",
     "last_number = last_number + 1", "last_number = last_number - 1", "cost_usd = '0'",
     "cost_usd = '0.3000000000000000000000001'", "cost_usd = '-0.3'", "cost_usd = ''",
-    "cost_usd = 'x'", "cost_usd = 'NaN'",
+    "cost_usd = 'x'", "cost_usd = 'NaN'", "cost_usd = 'sNaN'",
 )  # fmt: skip
 _OF_AN_ENTRY_DAY = (
     "day = day - 1", "kind = 'signup'", "account_id = 'acct_operator'", "entries = entries + 1",
@@ -503,6 +503,7 @@ def test_a_sum_that_is_missing_or_of_nothing_is_found(
     [
         "key_id = NULL", "user_id = 'user_x'", "route = '/x'", "model = NULL",
         "created_at = created_at + 86400000", "cost_usd = NULL", "cost_usd = '0.11'",
+        "cost_usd = 'x'", "cost_usd = 'sNaN'",
     ],
 )  # fmt: skip
 def test_a_call_that_was_tampered_with_is_found_by_its_sum(
@@ -521,3 +522,21 @@ def test_one_fault_is_told_for_each_day(box: Box, proven: tuple[str, str]) -> No
     assert faults_after(box, statement, account=account) == [
         f"{account}: day {day} of its calls is not summed up rightly"
     ]
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 4, 5, 6])
+def test_costs_are_proven_a_span_of_calls_at_a_time(
+    box: Box, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(daily, "_AT_ONCE", at_once)
+    account = opened(box)
+    made(box, account, [
+        Made(NOW, None, None, ROUTES[0], None, 1, "captured", f"0.{number}", 0)
+        for number in range(1, 6)
+    ])  # fmt: skip
+    assert box.faults() == []
+    for number in range(1, 6):
+        damage = "UPDATE call SET cost_usd = '7' WHERE account_id = :account AND number = :number"
+        assert faults_after(box, damage, account=account, number=number) == [
+            f"{account}: day {NOW // DAY_MS} of its calls is not summed up rightly"
+        ]

@@ -39,7 +39,7 @@ def home() -> Response:
 def login() -> BaseResponse:
     """Sign in with a password, or find the links to other ways."""
     wish = local_path(request.values.get("next"), "")
-    if request.method == "GET":
+    if request.method != "POST":
         if current_user.is_authenticated:
             return redirect(wish or "/dashboard", 303)
         return _login_page(200, wish)
@@ -70,7 +70,7 @@ def signup() -> BaseResponse:
     """A new person with an account of their own, where the operator lets anybody in."""
     if instance().settings.instance.signup != "open":
         raise Refusal("signup_closed", "This instance does not take in new people by itself.")
-    if request.method == "GET":
+    if request.method != "POST":
         return _form("signup")
     client, credits = client_address(request.environ), instance().settings.instance.signup_credits
 
@@ -86,7 +86,7 @@ def setup() -> BaseResponse:
     token, link = _link("setup")
     if link is None:
         return _dead_link()
-    if request.method == "GET":
+    if request.method != "POST":
         return _form("setup", token)
     by = Actor("setup", client_address(request.environ))
 
@@ -105,7 +105,7 @@ def reset() -> BaseResponse:
         return _dead_link()
     with instance().db.reading() as tx:
         user = users.get(tx, link.user_id)
-    if request.method == "GET":
+    if request.method != "POST":
         return _form("reset", token, user.email or user.id)
     by = Actor(user.id, client_address(request.environ))
 
@@ -122,7 +122,7 @@ def forgot() -> BaseResponse:
     """Mail a reset link, if there is a server to mail it and none is on its way; the answer is the
     same for everybody."""
     smtp = instance().settings.smtp
-    if request.method == "GET" or smtp is None:
+    if request.method != "POST" or smtp is None:
         return page("auth/forgot.html", has_mail=smtp is not None)
     email, client = request.form.get("email", "").strip().lower(), client_address(request.environ)
     throttle((f"forgot:{network_of(client)}", 10))
@@ -154,9 +154,9 @@ def invite() -> BaseResponse:
         owner = users.owner_of(tx, link.account_id)
     host = owner.email if owner is not None else None
     asked = invitation.email or ""
-    if request.method == "GET" and not current_user.is_authenticated:
+    if request.method != "POST" and not current_user.is_authenticated:
         return _form("invite", token, asked, host=host)
-    if request.method == "GET":
+    if request.method != "POST":
         return page("auth/join.html", token=token, host=host, me=current_user.user)
     if current_user.is_authenticated:
         visitor, now = current_user, clock.now_ms()

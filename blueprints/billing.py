@@ -144,7 +144,7 @@ def _create(wish: Callable[[], Terms]) -> Response:
 def one(key_id: str) -> BaseResponse:
     """A key's terms, to be looked at and changed."""
     key = _owned(key_id)
-    if request.method == "GET":
+    if request.method != "POST":
         return _one(key)
 
     def work(tx: Tx, who: Seat, by: Actor, now: int) -> None:
@@ -210,7 +210,7 @@ def _confirmed(
 ) -> BaseResponse:
     """Ask first; then do it."""
     key = _owned(key_id)
-    if request.method == "GET":
+    if request.method != "POST":
         return show("dashboard/confirm_key.html", key=key, verb=verb, now=clock.now_ms())
     try:
         act(work)
@@ -227,7 +227,7 @@ def _confirmed(
 def rotate(key_id: str) -> Response:
     """A new secret; the old one works for the grace that was chosen."""
     key = _owned(key_id)
-    if request.method == "GET":
+    if request.method != "POST":
         return show("dashboard/rotate.html", key=key, graces=GRACES)
     grace_ms = int(whole("grace_seconds") or 0) * 1000
     try:

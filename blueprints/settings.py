@@ -98,7 +98,7 @@ def invite() -> Response:
 def member_terms(member_id: str) -> BaseResponse:
     """A member's role and limit, to be looked at and changed."""
     member = _member(member_id)
-    if request.method == "GET":
+    if request.method != "POST":
         return show("dashboard/member.html", member=member, periods=keys.PERIODS)
 
     def work(tx: Tx, who: Seat, by: Actor, now: int) -> Member:
@@ -119,7 +119,7 @@ def member_terms(member_id: str) -> BaseResponse:
 def remove_member(member_id: str) -> BaseResponse:
     """Remove a member, or take an invitation back. Whoever is no owner may remove themselves."""
     member = _member(member_id)
-    if request.method == "GET":
+    if request.method != "POST":
         return show("dashboard/remove_member.html", member=member)
 
     def work(tx: Tx, who: Seat, by: Actor, now: int) -> None:

@@ -26,10 +26,13 @@ from doubles import refused_port
 from flask import Flask
 from flask.sessions import SecureCookieSessionInterface
 from flask_login import encode_cookie
+from forms import ONLY_SHOWN, filled, rules
 from inprocess import _CHEAP, HOST, STRANGERS_KEY, Background, Box, Clock
+from people import Person
 from server import OPERATOR_KEY, TRACEBACK, Answer, Farebox, free_port, until
 
-from core import clock, errors, firstrun, keys, passwords, upkeep
+from core import clock, errors, firstrun, keys, members, passwords, upkeep, users
+from core.audit import Actor
 from models import Database
 
 LIMIT = 5  # wrong passwords a minute, in these tests
@@ -741,7 +744,11 @@ def test_nobody_ends_the_sign_in_of_another(box: Box) -> None:
     theirs, me = signed_in(box), signed_in(box, person(box, "--operator"))
     (ending,) = forms_to(theirs.get("/dashboard/settings"), ENDINGS)
     before = everything_stored(box)
-    for path in (ending, "/dashboard/settings/sessions/sess_0/end", "/dashboard/settings/sessions/%00/end"):
+    for path in (
+        ending,
+        "/dashboard/settings/sessions/sess_0/end",
+        "/dashboard/settings/sessions/%00/end",
+    ):
         refused(me.post(path, {"csrf_token": me.csrf()}), 404, "not_found")
     assert everything_stored(box) == before
     assert is_signed_in(theirs)
@@ -796,27 +803,20 @@ def test_trouble_with_the_database_signs_nobody_out(
 # Forms, and who may send them.
 
 
-def page_rules(box: Box) -> list[tuple[str, str]]:
-    """Method and path of whatever changes something and answers people."""
-    return sorted(
-        (method, re.sub(r"<[^>]+>", "x", rule.rule))
-        for rule in box.app.url_map.iter_rules()
-        for method in (rule.methods or set()) - {"GET", "HEAD", "OPTIONS"}
-        if rule.endpoint.partition(".")[0] in ("auth", "dashboard", "oidc")
-    )
+def operator(box: Box) -> tuple[Person, Browser]:
+    """Somebody who may do everything, signed in."""
+    email = person(box, "--operator")
+    with box.instance.db.reading() as tx:
+        user = users.of_who(tx, email)
+    return Person(email, user.id, user.account_id, "", ""), signed_in(box, email)
 
 
 def test_a_form_that_was_not_sent_from_here_changes_nothing(box: Box) -> None:
-    rules = page_rules(box)
-    known = {"/login", "/logout", "/signup", "/setup", "/reset", "/forgot", "/invite"}
-    assert known < {path for _, path in rules}
-    assert len(rules) >= 11
-    email, me, stranger = person(box), browser(box), browser(box)
-    stale, strange = me.csrf("/login"), stranger.csrf("/login")
-    fields = {"email": name(), "password": PASSWORD}
-    for method, path in rules:
-        if not is_signed_in(me):
-            me.sign_in(email)
+    stranger, stale = browser(box), browser(box).csrf("/login")
+    strange = stranger.csrf("/login")
+    for rule in rules(box):
+        who, me = operator(box)
+        path, fields = filled(box, rule, who)
         good = me.csrf()
         wrong: list[tuple[str | None, dict[str, str]]] = [
             (None, {}),
@@ -838,35 +838,75 @@ def test_a_form_that_was_not_sent_from_here_changes_nothing(box: Box) -> None:
         for token, headers in wrong:
             sent = fields if token is None else fields | {"csrf_token": token}
             headers = {"Content-Type": "application/x-www-form-urlencoded"} | headers
-            page = me.request(method, path, headers, body=urlencode(sent).encode())
+            page = me.request("POST", path, headers, body=urlencode(sent).encode())
             refused(page, 403, "csrf_failed")
             assert "Set-Cookie" not in page.headers
         assert everything_stored(box) == before, path
         assert is_signed_in(me)
-        sent = {"csrf_token": good}
-        assert b"csrf_failed" not in me.post(path, sent, Origin=f"http://{HOST}").body
+        # The very same form, sent from here, does something.
+        before = everything_stored(box)
+        sent = fields | {"csrf_token": me.csrf()}
+        page = me.post(path, sent, Origin=f"http://{HOST}")
+        assert page.status in (200, 303), (path, page.status, page.body)
+        after = everything_stored(box)
+        changed = [table for table in after if after[table] != before[table]]
+        assert (set(changed) - {"rate_window"} == set()) is (rule in ONLY_SHOWN), (rule, changed)
+
+
+def test_a_request_that_only_looks_changes_nothing(box: Box) -> None:
+    """What asks whether a page is there, or what may be done with it, sends no form token."""
+    headers = {"Content-Type": "application/x-www-form-urlencoded"}
+    for rule in rules(box):
+        who, me = operator(box)
+        path, fields = filled(box, rule, who)
+        query = f"?token={quote(fields['token'])}" if "token" in fields else ""
+        me.get("/dashboard")
+        before = everything_stored(box)
+        for method in ("GET", "HEAD", "OPTIONS"):
+            me.request(method, path + query, headers, body=urlencode(fields).encode())
+        after = everything_stored(box)
+        changed = {table for table in after if after[table] != before[table]}
+        assert changed <= {"rate_window"}, (rule, changed)
 
 
 def test_every_form_of_every_page_carries_its_token(box: Box) -> None:
-    me = signed_in(box)
+    who, me = operator(box)
+    now, seen = clock.now_ms(), set()
     reset = said(box, "users", "reset-link", person(box))
     invite = invitation(box, me, name())
-    pages = [me.get(path) for path in ("/", "/dashboard", invite, "/docs/errors", "/nowhere")]
+    # What it takes for each form to be on a page: keys in two states, another way to sign in.
+    for rule in rules(box):
+        if rule.startswith("/dashboard") and "resume" not in rule:
+            filled(box, rule, who)
+    filled(box, "/dashboard/billing/keys/<key_id>/resume", who)
+    filled(box, "/admin/vouchers/<voucher_id>/cancel", who)
+    other, terms = person(box), members.Terms("member", None, None)
+    with box.instance.db.reading() as tx:
+        account = users.of_who(tx, other).account_id
+    by, email = Actor("x"), name()
+    _, joining, _ = box.write(lambda tx: members.invite(tx, account, email, terms, now, by))
+    box.write(lambda tx: members.join(tx, joining, who.id, now, by))  # so that one can switch
+    pages = [me.get(path) for path in ("/", invite, "/nowhere")]
+    for rule in rules(box, "GET"):
+        if rule.startswith(("/dashboard", "/admin", "/docs")):
+            pages.append(me.get(filled(box, rule, who)[0]))
+    pages.append(me.post("/dashboard/billing/session-token", {"csrf_token": me.csrf()}))
     for path in ("/login", "/signup", "/forgot", f"/reset?token={token_of(reset)}", invite):
         pages.append(browser(box).get(path))
-    pages.append(me.post("/dashboard/billing/session-token", {"csrf_token": me.csrf()}))
-    seen = set()
     for page in pages:
         for form in re.findall(r"<form\b.*?</form>", page.body.decode(), re.S):
-            head = re.match(r'<form method="post" action="(/[^"/][^"]*)" class="', form)
+            head = re.match(r'<form method="(post|get)" action="(/[^"/][^"]*)"(?: class="|>)', form)
             assert head, form
-            seen.add(re.sub("sess_[0-9a-f]+", "x", head[1]))
-            assert form.count('name="csrf_token" value="') == 1
             assert "<button" in form
-    assert {path for _, path in page_rules(box)} - seen <= {
+            is_post = head[1] == "post"
+            assert form.count('name="csrf_token" value="') == is_post, form
+            if is_post:
+                assert box.app.url_map.bind("").match(head[2].partition("#")[0], "POST")
+                ids = r"\b(?:acct|key|mem|sess|vch)_[0-9a-z]+"
+                seen.add(re.sub(ids, "<>", head[2].partition("#")[0]))
+    assert {re.sub(r"<[^>]+>", "<>", rule) for rule in rules(box)} - seen <= {
         "/setup",  # of the first run
         "/forgot",  # there is no mail here
-        "/dashboard/settings/identities/unlink",  # nor another way to sign in
     }
 
 

@@ -15,6 +15,7 @@ _COLUMNS = (
 )
 _NAMES = _COLUMNS.replace(" ", "").split(",")
 _NEWEST = 10**15
+_NEAR = 100  # numbers; it costs less to read as many calls in vain than to ask once more
 _END_OF_TIME = 10**7 * clock.DAY_MS  # past every year that RFC 3339 can write
 STATUSES = ("held", "captured", "voided")
 SUMMARIES = ("member", "key", "route", "model", "day")  # what `summary` can group by
@@ -41,15 +42,20 @@ def find(
     db: Database, account_id: str, wanted: Filter, before: int | None, limit: int
 ) -> list[tuple[int, dict[str, Any]]]:
     """An account's calls that pass a filter, newest first, each with its number."""
+    conditions, params = _conditions(account_id, wanted)
+    found: list[tuple[Any, ...]] = []
     # One moment: a call that ends in between must be in flight, or ended, for all of it.
     with db.snapshot() as tx:
-        conditions, params = _conditions(tx, account_id, wanted)
-        rows = tx.rows(
-            f"SELECT {_COLUMNS} FROM call WHERE {conditions} AND number < :before"
-            " ORDER BY number DESC LIMIT :limit",
-            params | {"before": _NEWEST if before is None else before, "limit": limit},
-        )
-    return [(row[0], _to_json(row)) for row in rows]
+        newest = _NEWEST if before is None else before - 1
+        for low, high in _spans(tx, account_id, wanted, newest):
+            found += tx.rows(
+                f"SELECT {_COLUMNS} FROM call WHERE {conditions}"
+                " AND number >= :low AND number <= :high ORDER BY number DESC LIMIT :limit",
+                params | {"low": low, "high": high, "limit": limit - len(found)},
+            )
+            if len(found) >= limit:
+                break
+    return [(row[0], _to_json(row)) for row in found]
 
 
 def get(
@@ -150,14 +156,19 @@ def groups(tx: Tx, account_id: str, wanted: Filter) -> list[Group]:
 
 def _counted(tx: Tx, account_id: str, wanted: Filter) -> list[Group]:
     """The sums of calls, from the calls themselves."""
-    conditions, params = _conditions(tx, account_id, wanted)
-    rows = tx.rows(
-        f"SELECT created_at / {clock.DAY_MS}, COALESCE(key_id, ''), COALESCE(user_id, ''), route,"
-        " COALESCE(model, ''), cost_usd, COUNT(*),"
-        " SUM(CASE WHEN status = 'voided' THEN 1 ELSE 0 END), SUM(captured), MIN(number),"
-        f" MAX(number) FROM call WHERE {conditions} GROUP BY 1, 2, 3, 4, 5, 6",
-        params,
-    )
+    conditions, params = _conditions(account_id, wanted)
+    rows = [
+        row
+        for low, high in _spans(tx, account_id, wanted, _NEWEST)
+        for row in tx.rows(
+            f"SELECT created_at / {clock.DAY_MS}, COALESCE(key_id, ''), COALESCE(user_id, ''),"
+            " route, COALESCE(model, ''), cost_usd, COUNT(*),"
+            " SUM(CASE WHEN status = 'voided' THEN 1 ELSE 0 END), SUM(captured), MIN(number),"
+            f" MAX(number) FROM call WHERE {conditions} AND number >= :low AND number <= :high"
+            " GROUP BY 1, 2, 3, 4, 5, 6",
+            params | {"low": low, "high": high},
+        )
+    ]
     # Costs are exact decimals kept as text, so equal ones are counted there and multiplied here.
     return [
         Group._make((*row[:5], *row[6:9], daily.times(row[5], row[6]), *row[9:])) for row in rows
@@ -172,9 +183,8 @@ def _by(found: list[Group], by: str) -> dict[Any, list[Group]]:
     return split
 
 
-def _conditions(tx: Tx, account_id: str, wanted: Filter) -> tuple[str, dict[str, Any]]:
-    """A filter as SQL. A span of time becomes a span of numbers too, as the daily sums know it,
-    because calls lie in the order of their numbers."""
+def _conditions(account_id: str, wanted: Filter) -> tuple[str, dict[str, Any]]:
+    """A filter as SQL."""
     found: list[tuple[str, dict[str, Any]]] = [("account_id = :account", {"account": account_id})]
     if wanted.key_id is not None:
         found.append(("key_id = :key_id", {"key_id": wanted.key_id}))
@@ -183,31 +193,57 @@ def _conditions(tx: Tx, account_id: str, wanted: Filter) -> tuple[str, dict[str,
     if wanted.status in STATUSES:  # a literal, so that the partial indexes serve
         found.append((f"status = '{wanted.status}'", {}))
     if wanted.since is not None or wanted.until is not None:
-        since = wanted.since or 0
-        until = _END_OF_TIME if wanted.until is None else wanted.until
+        since, until = _moments(wanted)
         span = {"since": since, "until": until}
         found.append(("created_at >= :since AND created_at < :until", span))
-        if wanted.status != "held":  # those are few, and have an index of their own
-            low, high = _numbers(tx, account_id, since, until)
-            found.append(("number >= :low AND number <= :high", {"low": low, "high": high}))
     params: dict[str, Any] = {}
     for _, given in found:
         params |= given
     return " AND ".join(sql for sql, _ in found), params
 
 
-def _numbers(tx: Tx, account_id: str, since: int, until: int) -> tuple[int, int]:
-    """Between which numbers an account's calls of a span of time lie; none between 1 and 0."""
-    spans = [daily.numbers(tx, account_id, since // clock.DAY_MS, until // clock.DAY_MS)]
-    row = tx.row(
-        "SELECT MIN(number), MAX(number) FROM call WHERE account_id = :account AND status = 'held'",
-        {"account": account_id},
-    )
-    spans.append(None if row is None or row[0] is None else (row[0], row[1]))
-    known = [span for span in spans if span is not None]
-    if not known:
-        return 1, 0
-    return min(low for low, _ in known), max(high for _, high in known)
+def _moments(wanted: Filter) -> tuple[int, int]:
+    return wanted.since or 0, _END_OF_TIME if wanted.until is None else wanted.until
+
+
+def _spans(tx: Tx, account_id: str, wanted: Filter, newest: int) -> list[tuple[int, int]]:
+    """Where the calls that pass a filter are among an account's numbers up to `newest`: spans that
+    lie apart, the newest first, with little else in them.
+
+    No index serves every filter, and the database cannot know which one serves it best. The daily
+    sums do: each has the numbers between which its calls lie.
+    """
+    is_of_time = wanted.since is not None or wanted.until is not None
+    is_narrow = wanted.route is not None or wanted.status is not None
+    if not is_of_time and not is_narrow:
+        return [(1, newest)]  # an index has just these, by number
+    first, last = (moment // clock.DAY_MS for moment in _moments(wanted))
+    known: list[tuple[int, int]] = []
+    if not is_narrow and wanted.key_id is None:
+        whole = daily.numbers(tx, account_id, first, last)
+        known += [] if whole is None else [whole]
+    elif wanted.status != "held":
+        known += daily.spans(
+            tx, account_id, first, last, wanted.key_id, wanted.route, wanted.status
+        )
+    if wanted.status in (None, "held"):  # which no sum counts yet
+        known += [
+            (row[0], row[0])
+            for row in tx.rows(
+                "SELECT number FROM call WHERE account_id = :account AND status = 'held'",
+                {"account": account_id},
+            )
+        ]
+    spans: list[tuple[int, int]] = []
+    for low, high in sorted(known, key=lambda span: -span[1]):
+        high = min(high, newest)
+        if low > high:
+            continue
+        if spans and high >= spans[-1][0] - _NEAR:
+            spans[-1] = min(low, spans[-1][0]), spans[-1][1]
+        else:
+            spans.append((low, high))
+    return spans
 
 
 def account_of(tx: Tx, call_id: str) -> str | None:

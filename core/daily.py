@@ -157,6 +157,29 @@ def by_route(tx: Tx, first_day: int) -> dict[str, RouteTotal]:
     return {row[0]: RouteTotal._make((*row, added(iter(costs[row[0]])))) for row in rows}
 
 
+def spans(
+    tx: Tx, account_id: str, first_day: int, last_day: int,
+    key_id: str | None, route: str | None, status: str | None,
+) -> list[tuple[int, int]]:  # fmt: skip
+    """For each of those days with calls of a key, a route and an ending (any, if None): between
+    which numbers they lie, with others."""
+    conditions = "" if key_id is None else " AND key_id = :key"
+    conditions += "" if route is None else " AND route = :route"
+    conditions += {"voided": " AND failed > 0", "captured": " AND failed < calls"}.get(
+        status or "", ""
+    )
+    rows = tx.rows(
+        "SELECT MIN(first_number), MAX(last_number) FROM call_day WHERE account_id = :account"
+        f" AND day >= :first AND day <= :last{conditions} GROUP BY day",
+        {
+            "account": account_id, "first": first_day, "last": last_day,
+            **({} if key_id is None else {"key": key_id}),
+            **({} if route is None else {"route": route}),
+        },
+    )  # fmt: skip
+    return [(row[0], row[1]) for row in rows]
+
+
 def added(costs: Iterator[Decimal]) -> Decimal:
     """The exact sum of costs."""
     with localcontext(prec=_PLACES):

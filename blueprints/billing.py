@@ -159,6 +159,11 @@ def one(key_id: str) -> BaseResponse:
         terms = _terms()
         if field("expires") == _day(key.expires_at):  # a day says less than a time
             terms = replace(terms, expires_at=key.expires_at)
+        if set(terms.scopes or ()) == set(key.scopes or ()) and None not in (
+            terms.scopes,
+            key.scopes,
+        ):
+            terms = replace(terms, scopes=key.scopes)  # a form knows no order
         wanted = {name: getattr(terms, name) for name in Terms.__slots__}
         act(work)
     except Refusal as refusal:

@@ -95,21 +95,23 @@ class Node:
     def is_checked(self) -> bool:
         return "checked" in self.attributes
 
-    def fields(self) -> dict[str, str]:
+    def sends(self) -> list[tuple[str, str]]:
         """What a form would send as it stands."""
-        found = {}
+        found = []
         for node in self.all("input", "select"):
             if node.tag == "select":
                 options = node.all("option")
-                chosen = [o for o in options if "selected" in o.attributes] or options[:1]
+                chosen = [option for option in options if "selected" in option.attributes]
                 assert len(chosen) <= 1, f"{node.get('name')} has several chosen"
-                found[node.get("name")] = chosen[0].get("value", chosen[0].text) if chosen else ""
-            elif node.get("name") and (
-                node.get("type") != "checkbox" or "checked" in node.attributes
-            ):
-                assert node.get("name") not in found or node.get("type") == "checkbox"
-                found[node.get("name")] = node.get("value")
+                first = [*chosen, *options][0]
+                found.append((node.get("name"), first.get("value", first.text)))
+            elif node.get("name") and (node.get("type") != "checkbox" or node.is_checked):
+                found.append((node.get("name"), node.get("value")))
         return found
+
+    def fields(self) -> dict[str, str]:
+        """The same by name."""
+        return dict(self.sends())
 
 
 class _Reader(HTMLParser):
@@ -288,27 +290,25 @@ class Visit:
         return Page(answer)
 
     def press(
-        self, page: Page | str, name: str, inside: Node | None = None, status: int = 200,
+        self, page: Page | str, button: str, /, inside: Node | None = None, status: int = 200,
         typed: dict[str, Any] | None = None, **fields: Any,
     ) -> Page:  # fmt: skip
         """The page that pressing a button leads to, once fields were filled in. A list ticks
         several boxes; None leaves a box out."""
         shown = self.open(page) if isinstance(page, str) else page
-        (button,) = [
+        (found,) = [
             node
             for node in (inside or shown.root).all("button")
-            if node.name == name and "hidden" not in node.attributes
+            if node.name == button and "hidden" not in node.attributes
         ]
-        form = button.around("form")
-        sent: list[tuple[str, str]] = []
+        form = found.around("form")
         wanted = fields | (typed or {})
         known = {node.get("name") for node in form.all("input", "select")}
         assert set(wanted) <= known, (wanted, known)
-        for field, value in (form.fields() | wanted).items():
-            if isinstance(value, list):
-                sent += [(field, str(each)) for each in value]
-            elif value is not None:
-                sent.append((field, str(value)))
+        sent = [(name, value) for name, value in form.sends() if name not in wanted]
+        for name, value in wanted.items():
+            values = value if isinstance(value, list) else [] if value is None else [value]
+            sent += [(name, str(each)) for each in values]
         action = form.get("action").partition("#")[0]
         if form.get("method") == "get":
             query = f"?{urlencode(sent)}" if sent else ""
@@ -362,7 +362,7 @@ class Visit:
             page = Page(answer)
             found = [node.get("href") for node in page.root.all("a")]
             for form in page.root.all("form", method="get"):
-                found.append(f"{form.get('action')}?{urlencode(form.fields())}".rstrip("?"))
+                found.append(f"{form.get('action')}?{urlencode(form.sends())}".rstrip("?"))
             for target in found:
                 if target.startswith("#"):
                     assert page.root.all(*_EVERY, id=target[1:]), (plain, target)

@@ -21,6 +21,7 @@ T = TypeVar("T")
 B = TypeVar("B", bound=msgspec.Struct)
 
 MOST_PER_PAGE = 100
+_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", re.ASCII)
 _LARGEST_BODY = 64 * 1024
 
 
@@ -99,6 +100,18 @@ def timestamp(text: str | None, param: str) -> int | None:
     except (ValueError, OverflowError):
         raise errors.invalid_body(
             "Expected a time such as 2027-01-31T00:00:00Z (RFC 3339).", param
+        ) from None
+
+
+def moment(text: str | None, param: str) -> int | None:
+    """The milliseconds of an RFC 3339 time, or of a day, which is its first moment in UTC. Raises
+    `validation_error`."""
+    is_day = text is not None and _DAY.fullmatch(text)
+    try:
+        return timestamp(f"{text}T00:00:00Z" if is_day else text, param)
+    except Refusal:
+        raise errors.invalid_body(
+            "Expected a day such as 2027-01-31, or a time such as 2027-01-31T00:00:00Z.", param
         ) from None
 
 

@@ -10,6 +10,7 @@ from flask_login import login_required
 from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints import pictures
+from blueprints.api import moment
 from blueprints.pages import (
     act,
     before,
@@ -17,7 +18,6 @@ from blueprints.pages import (
     cursor,
     day_name,
     field,
-    moment,
     month_of,
     required,
     seat,

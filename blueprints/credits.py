@@ -1,13 +1,12 @@
 """What an account has, what it did with it: balance, calls, ledger."""
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import msgspec
 from flask import Blueprint, Response, request
 
-from blueprints.api import act, manager, page, parsed, raw_body, reader, timestamp, window
+from blueprints.api import act, manager, page, parsed, raw_body, reader, window
 from blueprints.rendering import client_address, instance, json_response
 from core import calls, clock, errors, ledger, users, vouchers
 from core.access import Principal
@@ -85,7 +84,7 @@ def summary() -> Response:
     by = request.args.get("by", "day")
     if by not in calls.SUMMARIES:
         raise errors.invalid_body(f"`by` is one of {', '.join(calls.SUMMARIES)}.", "by")
-    until, since = _moment("to"), _moment("from")
+    until, since = (moment(request.args.get(name), name) for name in ("to", "from"))
     end = clock.now_ms() + 1 if until is None else until
     since = end - _DEFAULT_SPAN_MS if since is None else since
     if not 0 <= end - since <= _LONGEST_SPAN_MS:
@@ -117,14 +116,6 @@ def _count_attempt(principal: Principal) -> None:
     )
     if rate.exceeded:
         raise errors.rate_limited("Too many codes were tried in this minute.", rate.reset_seconds)
-
-
-def _moment(name: str) -> int | None:
-    """A time of the query, or a day, which is its first moment in UTC."""
-    text = request.args.get(name)
-    if text is not None and re.fullmatch(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", text, re.ASCII):
-        text += "T00:00:00Z"
-    return timestamp(text, name)
 
 
 def _page(read: Callable[..., list[tuple[int, dict[str, Any]]]]) -> Response:

@@ -11,7 +11,6 @@ from flask import Flask, Response, g, request, session
 from flask_login import current_user
 from markupsafe import Markup
 
-from blueprints.api import timestamp
 from blueprints.rendering import instance, page
 from blueprints.visitors import Visitor, check_csrf
 from core import access, clock, errors, ledger, members, sessions, users
@@ -24,7 +23,6 @@ from models import Tx
 T = TypeVar("T")
 
 _CHOICE = "account"  # of the cookie and of every form
-_DAY = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", re.ASCII)
 
 
 class Account(NamedTuple):
@@ -89,7 +87,7 @@ def act(work: Callable[[Tx, Seat, Actor, int], T]) -> T:
     def transaction(tx: Tx) -> T:
         current = _seat(tx, account_id)
         if current is None:
-            raise errors.invalid_token()
+            raise _gone()
         access.require_active(current)
         return work(tx, current, by, now)
 
@@ -101,16 +99,21 @@ def operate(work: Callable[[Tx, Actor, int], T]) -> T:
     it."""
     me, now = visitor(), clock.now_ms()
     by = me.actor._replace(is_operator=True)
+    seat()  # what is made can then be shown
 
     def transaction(tx: Tx) -> T:
         current = _seat(tx, me.user.account_id)
         if current is None:
-            raise errors.invalid_token()
+            raise _gone()
         if not current.is_operator:
             raise not_operator()
         return work(tx, by, now)
 
     return instance().db.write(transaction, durable=True)
+
+
+def _gone() -> Refusal:
+    return Refusal("invalid_token", "You were signed out, or left this account, a moment ago.")
 
 
 def not_operator() -> Refusal:
@@ -122,15 +125,20 @@ def show(
 ) -> Response:
     """A page for who is signed in. `problem` is what was wrong with the form it answers, which is
     shown again as it was typed."""
-    me = visitor()
+    if problem is not None and problem.code == "invalid_token":
+        raise _gone()  # who was signed out meanwhile is shown nothing any more
+    if problem is not None and problem.code == "forbidden" and template.startswith("admin/"):
+        raise problem  # nor is who was an operator until then
+    me, here = visitor(), seat()
     with instance().db.reading() as tx:
         accounts = accounts_of(tx, me.user)
-    here = seat()
+    account = next((found for found in accounts if found.id == here.account_id), None)
+    if account is None:  # the membership ended a moment ago
+        raise _gone()
     answer = page(
         template, status if problem is None else problem.kind.status,
         me=me.user, seat=here, accounts=accounts,
-        account=next(found for found in accounts if found.id == here.account_id),
-        base=instance().settings.public_url, problem=problem,
+        account=account, base=instance().settings.public_url, problem=problem,
         typed=request.form if problem is not None else {}, **values,
     )  # fmt: skip
     if problem is not None:
@@ -217,13 +225,6 @@ def required(name: str, label: str) -> str:
     if text is None:
         raise errors.invalid_body(f"{label} is missing.", name)
     return text
-
-
-def moment(text: str | None, param: str) -> int | None:
-    """A day, which is its first moment in UTC, or an RFC 3339 time. Raises `validation_error`."""
-    if text and _DAY.fullmatch(text):
-        text += "T00:00:00Z"
-    return timestamp(text or None, param)
 
 
 def cursor() -> int | None:

@@ -8,7 +8,8 @@ from flask import Blueprint, Response, request
 from flask_login import login_required
 
 from blueprints import pictures
-from blueprints.pages import before, cursor, day_name, moment, names_of, seat, show
+from blueprints.api import moment
+from blueprints.pages import before, cursor, day_name, names_of, seat, show
 from blueprints.rendering import instance
 from blueprints.tables import Cell, csv_response
 from core import calls, clock, errors, keys, ledger
@@ -135,7 +136,7 @@ def _batches(found: Instance, account_id: str, wanted: Filter) -> Iterator[list[
 def _wish() -> Wish:
     """What is asked for; the last thirty days if nothing is. Raises `validation_error`."""
     asked = request.args.get
-    until, since = moment(asked("to"), "to"), moment(asked("from"), "from")
+    until, since = moment(asked("to") or None, "to"), moment(asked("from") or None, "from")
     last = pictures.today() if until is None else until // clock.DAY_MS
     first = last - _DEFAULT_DAYS + 1 if since is None else since // clock.DAY_MS
     if not 0 <= last - first < _MOST_DAYS:

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 from flask import Blueprint, Response, request
 
-from blueprints.api import act, manager, page, parsed, raw_body, reader, window
+from blueprints.api import act, manager, moment, page, parsed, raw_body, reader, window
 from blueprints.rendering import client_address, instance, json_response
 from core import calls, clock, errors, ledger, users, vouchers
 from core.access import Principal

@@ -227,13 +227,13 @@ def required(name: str, label: str) -> str:
     return text
 
 
-def cursor() -> int | None:
+def cursor(name: str = "before") -> int | None:
     """The number of the row that the one before ended with. Raises `validation_error`."""
-    text = request.args.get("before")
+    text = request.args.get(name)
     if text is None:
         return None
     if not re.fullmatch(r"[0-9]{1,15}", text, re.ASCII):
-        raise errors.invalid_body("That is not a place in this list.", "before")
+        raise errors.invalid_body("That is not a place in this list.", name)
     return int(text)
 
 

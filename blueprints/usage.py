@@ -12,10 +12,12 @@ from blueprints.api import moment
 from blueprints.pages import before, cursor, day_name, names_of, seat, show
 from blueprints.rendering import instance
 from blueprints.tables import Cell, csv_response
-from core import calls, clock, errors, keys, ledger
+from core import calls, clock, daily, errors, keys, ledger
 from core.calls import Filter, Total
+from core.daily import Group
 from core.errors import Refusal
 from core.instance import Instance
+from models import Tx
 
 blueprint = Blueprint("usage", __name__, url_prefix="/dashboard")
 blueprint.before_request(before)
@@ -45,12 +47,15 @@ class Wish(NamedTuple):
         since, until = self.first_day * clock.DAY_MS, (self.last_day + 1) * clock.DAY_MS
         return Filter(self.key, self.route, self.status, since, until)
 
+    @property
+    def asked(self) -> dict[str, str]:
+        """What its form says."""
+        days = {"from": day_name(self.first_day), "to": day_name(self.last_day)}
+        return days | {name: value for name, value in self._kept().items() if value}
+
     def query(self, **more: Any) -> str:
         """The same wish as the query of a link."""
-        asked = {"from": day_name(self.first_day), "to": day_name(self.last_day)}
-        return urlencode(
-            asked | {name: value for name, value in self._kept().items() if value} | more
-        )
+        return urlencode(self.asked | more)
 
     def kept(self) -> str:
         """What a link to other days keeps."""
@@ -65,30 +70,53 @@ class Wish(NamedTuple):
 @login_required
 def listed() -> Response:
     found, who = instance(), seat()
-    problem = None
     try:
         wish, before_number = _wish(), cursor()
     except Refusal as refusal:
-        wish, before_number, problem = _default(), None, refusal
+        return _not_understood(refusal)
     rows = calls.find(found.db, who.account_id, wish.filter, before_number, _PER_PAGE + 1)
     shown = rows[:_PER_PAGE]
     with found.db.snapshot() as tx:
-        groups = calls.groups(tx, who.account_id, wish.filter)
+        groups = _groups(tx, who.account_id, wish)
         key_names = keys.names(tx, who.account_id)
         people = names_of(tx, {call["user_id"] for _, call in shown if call["user_id"]})
         has_called = ledger.has_called(tx, who.account_id)
-    routes = sorted({route.path for route in found.catalog.routes} | {g.route for g in groups})
     older = wish.query(before=shown[-1][0]) if len(rows) > len(shown) else None
     return show(
-        "dashboard/usage.html", problem=problem, wish=wish,
-        calls=[call for _, call in shown], older=older, is_first=before_number is None,
+        "dashboard/usage.html", wish=wish, asked=wish.asked,
+        calls=shown, older=older, is_first=before_number is None,
         total=_total(calls.add_up(groups), wish.status), key_names=key_names, people=people,
-        first=day_name(wish.first_day), last=day_name(wish.last_day), routes=routes,
-        statuses=STATUS_WORDS, has_called=has_called,
+        routes=_routes(groups), statuses=STATUS_WORDS, has_called=has_called,
         days=pictures.by_day(
             groups, wish.first_day, wish.last_day, wish.status == "voided", wish.kept()
         ),
     )  # fmt: skip
+
+
+def _not_understood(problem: Refusal) -> Response:
+    """The form as it was filled in, what is wrong with it, and nothing that was not asked for."""
+    with instance().db.reading() as tx:
+        key_names = keys.names(tx, seat().account_id)
+    return show(
+        "dashboard/usage.html", problem=problem, asked=request.args, key_names=key_names,
+        routes=_routes([]), statuses=STATUS_WORDS,
+    )  # fmt: skip
+
+
+def _routes(groups: list[Group]) -> list[str]:
+    """The routes to choose from: those there are, and those that were called."""
+    served = {route.path for route in instance().catalog.routes}
+    return sorted(served | {group.route for group in groups})
+
+
+def _groups(tx: Tx, account_id: str, wish: Wish) -> list[Group]:
+    """What is counted and drawn: of ended calls when one way to end is wished for, else of all."""
+    if wish.status in (None, "held"):
+        return calls.groups(tx, account_id, wish.filter)
+    found = daily.groups(tx, account_id, wish.first_day, wish.last_day, wish.key, wish.route)
+    if wish.status == "captured":
+        return [group._replace(calls=group.calls - group.failed, failed=0) for group in found]
+    return found
 
 
 # In people's words.
@@ -98,9 +126,10 @@ STATUS_WORDS = {"captured": "charged", "voided": "not charged", "held": "in flig
 @blueprint.get("/usage/<request_id>")
 @login_required
 def explained(request_id: str) -> Response:
-    """Why a call cost what it cost."""
-    found, who = instance(), seat()
-    named = calls.named(found.db, who.account_id, None, request_id)
+    """Why a call cost what it cost. Callers may give several calls one id, so our own links name
+    the call's number too."""
+    found, who, number = instance(), seat(), cursor("n")
+    named = calls.named(found.db, who.account_id, None, request_id, number)
     if named is None:
         raise errors.not_found()
     call_id, call = named
@@ -108,7 +137,14 @@ def explained(request_id: str) -> Response:
         key_name = keys.names(tx, who.account_id).get(call["key_id"])
         people = names_of(tx, {call["user_id"]} - {None})
         entries = ledger.entries_about(tx, call_id)
-    route = next((r for r in found.catalog.routes if r.path == call["route"]), None)
+    route = next(
+        (
+            route
+            for route in found.catalog.routes
+            if route.path == call["route"] and call["method"] in route.methods
+        ),
+        None,
+    )
     return show(
         "dashboard/call.html",
         call=call, route=route, key_name=key_name, person=people.get(call["user_id"]),
@@ -138,8 +174,8 @@ def _wish() -> Wish:
     asked = request.args.get
     until, since = moment(asked("to") or None, "to"), moment(asked("from") or None, "from")
     last = pictures.today() if until is None else until // clock.DAY_MS
-    first = last - _DEFAULT_DAYS + 1 if since is None else since // clock.DAY_MS
-    if not 0 <= last - first < _MOST_DAYS:
+    first = max(0, last - _DEFAULT_DAYS + 1) if since is None else since // clock.DAY_MS
+    if first < 0 or not 0 <= last - first < _MOST_DAYS:
         raise errors.invalid_body("The first day lies before the last, by a year at most.", "from")
     status = asked("status") or None
     if status is not None and status not in calls.STATUSES:
@@ -147,16 +183,6 @@ def _wish() -> Wish:
     return Wish(first, last, asked("key") or None, asked("route") or None, status)
 
 
-def _default() -> Wish:
-    today = pictures.today()
-    return Wish(today - _DEFAULT_DAYS + 1, today, None, None, None)
-
-
 def _total(total: Total, status: str | None) -> Total:
-    """The part of a total that has a status. What is in flight is not in the daily sums by itself,
-    so of that only the list tells."""
-    if status == "voided":
-        return total._replace(calls=total.failed, captured=0)
-    if status == "captured":
-        return total._replace(calls=total.calls - total.failed, failed=0)
-    return total
+    """The part of a total that has a status."""
+    return total._replace(calls=total.failed, captured=0) if status == "voided" else total

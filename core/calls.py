@@ -67,14 +67,16 @@ def get(
 
 
 def named(
-    db: Database, account_id: str, key_id: str | None, request_id: str
+    db: Database, account_id: str, key_id: str | None, request_id: str, number: int | None = None
 ) -> tuple[str, dict[str, Any]] | None:
-    """As `get`, with the id that is the call's alone."""
+    """As `get`, with the id that is the call's alone; of that number, if given."""
+    condition = "" if number is None else " AND number = :number"
     row = db.row(
         f"SELECT id, {_COLUMNS} FROM call WHERE {_of(key_id)}"
-        " AND (id = :request OR (request_id = :request AND request_id <> id))"
+        f" AND (id = :request OR (request_id = :request AND request_id <> id)){condition}"
         " ORDER BY CASE WHEN id = :request THEN 0 ELSE 1 END, number DESC LIMIT 1",
-        {"account": account_id, "key_id": key_id, "request": request_id},
+        {"account": account_id, "key_id": key_id, "request": request_id}
+        | ({} if number is None else {"number": number}),
     )
     return None if row is None else (row[0], _to_json(row[1:]))
 

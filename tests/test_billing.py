@@ -245,7 +245,7 @@ def test_limits_of_one_and_none_are_limits_too(box: Box, me: Visit) -> None:
         ({"name": "x" * 101}, "A name has 1 to 100 printable characters."),
         ({"name": "   "}, "A name is missing."),
         ({"expires": "2027-03-05"}, "The expiry lies in the past."),
-        ({"expires": "2027-02-30"}, "Expected a time such as 2027-01-31T00:00:00Z (RFC 3339)."),
+        ({"expires": "2027-02-30"}, "Expected a day such as 2027-01-31, or a time such as 2027-01-31T00:00:00Z."),
         ({"credit_limit": "-1"}, "“-1” is not a whole number from 0 up."),
         ({"credit_limit": "1.5"}, "“1.5” is not a whole number from 0 up."),
         ({"credit_limit": "many"}, "“many” is not a whole number from 0 up."),

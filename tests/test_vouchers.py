@@ -511,6 +511,13 @@ def test_what_is_left_is_the_lesser_of_the_two_counts(strict: tuple[Box, Clock])
     assert left("192.0.2.1", "acct_c") == (0, False, 45)  # the third is the last
     assert left("192.0.2.1", "acct_d") == (0, True, 45)
     assert left("192.0.2.3", "acct_d") == (1, False, 45)
+    # One has just reached its last, the other is past it.
+    for network, account in (("5", "acct_e"), ("5", "acct_f"), ("6", "acct_e"), ("7", "acct_e")):
+        assert left(f"192.0.2.{network}", account)[1] is False
+    assert left("192.0.2.5", "acct_e") == (0, True, 45)
+    for network, account in (("8", "acct_g"), ("8", "acct_h"), ("8", "acct_i"), ("9", "acct_g")):
+        assert left(f"192.0.2.{network}", account)[1] is False
+    assert left("192.0.2.8", "acct_g") == (0, True, 45)
 
 
 # The command line.

@@ -40,6 +40,7 @@ blueprint.before_request(pages.before)
 
 _PER_PAGE = 50
 _DAYS = 30
+_LONGEST_NOTE = 200
 _NEWEST = (10**15, "")
 _PATIENCE_SECONDS = 3
 
@@ -94,7 +95,7 @@ def grant(account_id: str) -> BaseResponse:
         credits = whole("credits", least=1)
         if credits is None:
             raise errors.invalid_body("How many credits?", "credits")
-        _move(tx, account_id, "grant", credits, field("note"), now, by)
+        _move(tx, account_id, "grant", credits, _note(), now, by)
 
     return _asked("grant", account_id, work, "Granted.")
 
@@ -108,7 +109,8 @@ def adjust(account_id: str) -> BaseResponse:
         credits = whole("credits", least=-ledger.LARGEST_AMOUNT)
         if credits is None:
             raise errors.invalid_body("How many credits?", "credits")
-        _move(tx, account_id, "adjustment", credits, required("note", "A reason"), now, by)
+        required("note", "A reason")
+        _move(tx, account_id, "adjustment", credits, _note(), now, by)
 
     return _asked("adjust", account_id, work, "Adjusted.")
 
@@ -119,7 +121,7 @@ def refund(account_id: str) -> BaseResponse:
     """Give the credits of one of the account's calls back, once."""
 
     def work(tx: Tx, by: Actor, now: int) -> None:
-        request_id, note = required("request_id", "The request id"), field("note")
+        request_id, note = required("request_id", "The request id"), _note()
         here = [
             call for call in calls.ids_of_request(tx, request_id)
             if calls.account_of(tx, call) == account_id
@@ -174,6 +176,15 @@ def _move(
     reference = tokens.new_id(kind)
     ledger.add_credits(tx, account_id, kind, credits, reference, note, now)
     audit.note(tx, by, f"credits.{kind}", now, account_id, reference, amount=credits, note=note)
+
+
+def _note() -> str | None:
+    """What an entry is told to be for. Raises `validation_error`."""
+    text = field("note")
+    if text is not None and not (len(text) <= _LONGEST_NOTE and text.isprintable()):
+        told = f"A note has 1 to {_LONGEST_NOTE} printable characters."
+        raise errors.invalid_body(told, "note")
+    return text
 
 
 def _account(account_id: str) -> AccountRow:
@@ -237,7 +248,7 @@ def _change_key(tx: Tx, key: Key, verb: str, now: int, by: Actor) -> None:
 def all_vouchers() -> Response:
     """The vouchers there are; those just made show their codes, only now."""
     codes: list[str] = []
-    problem = None
+    problem, before = None, cursor()
 
     def work(tx: Tx, by: Actor, now: int) -> list[str]:
         credits, count = whole("credits", least=1), whole("count", least=1) or 1
@@ -251,7 +262,7 @@ def all_vouchers() -> Response:
         except Refusal as refusal:
             problem = refusal
     with instance().db.reading() as tx:
-        found = vouchers.page(tx, cursor(), _PER_PAGE + 1)
+        found = vouchers.page(tx, before, _PER_PAGE + 1)
         names = names_of(tx, {voucher.created_by for voucher in found})
     shown = found[:_PER_PAGE]
     return show(

@@ -314,10 +314,14 @@ def _scopes() -> list[str]:
 def reveal() -> Response:
     """A fresh session token, shown on the page that asked for it."""
     found, me = instance(), visitor()
-    issued = session_tokens.mint(
-        found.db, found.signing_keys, found.settings.public_url, me.session, seat().account_id,
-        clock.now_ms(),
-    )  # fmt: skip
+    try:
+        access.require_active(seat())
+        issued = session_tokens.mint(
+            found.db, found.signing_keys, found.settings.public_url, me.session,
+            seat().account_id, clock.now_ms(),
+        )  # fmt: skip
+    except Refusal as refusal:
+        return _home(refusal)
     return _home(issued=issued)
 
 

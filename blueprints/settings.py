@@ -185,6 +185,7 @@ def unlink() -> BaseResponse:
     providers = instance().settings.oidc_issuers
 
     def work(tx: Tx) -> None:
+        sessions.get(tx, me.session.id, now)
         users.unlink_identity(
             tx, me.user.id, issuer, subject, providers, me.session.id, now, me.actor
         )

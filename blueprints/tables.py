@@ -9,6 +9,7 @@ from flask import Response
 
 Cell = str | int | bool | None
 
+_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # of formulas; the last four are wide letters
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?", re.ASCII)
 
 
@@ -36,6 +37,6 @@ def _text(rows: Iterable[Sequence[Cell]]) -> str:
 
 def _harmless(cell: Cell) -> Cell:
     """A cell that no spreadsheet takes for a formula (OWASP, CSV injection)."""
-    if isinstance(cell, str) and cell[:1] in ("=", "+", "-", "@", "\t", "\r"):
+    if isinstance(cell, str) and cell.startswith(_STARTS):
         return cell if _NUMBER.fullmatch(cell) else f"'{cell}"
     return cell

@@ -71,8 +71,7 @@ class _Things:
         self._now = clock.now_ms()
         self._by = Actor(whose.id)
         self._payer: Payer | None = None
-        self.request_id = "req_none"
-        self.name = "none"
+        self.name = "none"  # of an OpenID provider
 
     def _write(self, work: Any) -> Any:
         return self._box.write(work)
@@ -119,6 +118,15 @@ class _Things:
         if self._rule.endswith("/resume"):
             self._write(lambda tx: ledger.suspend_account(tx, account, None, self._now, by))
         return account
+
+    @property
+    def request_id(self) -> str:
+        """Of a call of the account."""
+        self._box.grant(self._whose.account, 10)
+        key, _ = self._box.key(self._whose.account)
+        answer = self._box.get("/api/v1/echo", key)
+        assert answer.status == 200, answer.body
+        return answer.request_id
 
     @property
     def called(self) -> str:

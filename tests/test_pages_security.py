@@ -18,7 +18,7 @@ import pytest
 from browser import Browser, hidden
 from flask.sessions import SecureCookieSessionInterface
 from forms import filled, rules
-from inprocess import _CHEAP, Box, CheapSecret
+from inprocess import _CHEAP, Box, CheapSecret, Clock
 from people import CONFIG, House, Person, cheaply, house, joined, person
 from server import Answer
 
@@ -46,6 +46,7 @@ server_metadata_url = "https://home.example.com/.well-known/openid-configuration
 client_id = "x"
 client_secret = "a-secret-of-the-tests"
 """
+TEMPLATES = Path(__file__).resolve().parent.parent / "templates"
 # What counts requests, and what writes down who did what.
 ASIDE = ("rate_window", "audit")
 
@@ -357,6 +358,31 @@ def test_a_person_is_asked_once_more_in_the_transaction(
             assert home.second.email not in answer.body.decode(), rule
 
 
+def test_an_owner_who_is_made_a_member_meanwhile_does_nothing_of_owners(
+    box: Box, home: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meanwhile = Meanwhile(box, monkeypatch)
+    who = joined(box, home.owner, role="owner")
+    me = at_browser(box, who, home.account)
+    for rule in pages_of_people(box, "POST"):
+        if rule.startswith("/admin") or not re.search("<key_id>|/members", rule):
+            continue
+        path, fields = filled(box, rule, home.owner)
+        fields["csrf_token"] = me.csrf()
+        before = stored(box, *ASIDE, "membership")
+
+        def demote(tx: Any) -> None:
+            member = members.get(tx, who.member_id, home.account)
+            terms = members.Terms("member", None, None)
+            members.change(tx, member, terms, clock.now_ms(), COMMAND_LINE)
+
+        meanwhile.happens = demote
+        answer = me.post(path, fields)
+        assert (answer.status, meanwhile.happens) == (403, None), (rule, answer.body)
+        assert stored(box, *ASIDE, "membership") == before, rule
+        box.run("UPDATE membership SET role = 'owner' WHERE id = :id", id=who.member_id)
+
+
 def test_an_operator_never_makes_what_cannot_be_shown(box: Box, operator: Person) -> None:
     """A form that names an account one has left, or a place in the list that is none: the codes
     would be lost."""
@@ -629,6 +655,7 @@ def test_nothing_that_was_written_becomes_a_part_of_a_page(box: Box, eve: Person
         answer = send(me, path, **fields | sent)
         assert answer.status in (400, 404), (path, answer.status)
         seen.append(Read(answer).text)
+    seen.append(Read(Browser(box).get("/login")).text)
     everything = "\n".join(seen)
     names = [
         "kn", "gr", "ad", "ii", "is", "sk", "kr", "rn", "mo", "ro", "ar", "vn", "ua", "qp", "co",
@@ -638,6 +665,26 @@ def test_nothing_that_was_written_becomes_a_part_of_a_page(box: Box, eve: Person
     for text in (LABEL, eve.email, "i'n&gt@example.com", "/api/v1/it's&quot", "a-_.javascript"):
         assert text in everything, text
     assert "49" not in re.findall(r"\{\{(.*?)\}\}", everything)
+
+
+def test_no_template_writes_what_the_policy_forbids_or_what_is_not_escaped() -> None:
+    """Read as they are written, so that no branch of one is missed."""
+    found = sorted(TEMPLATES.rglob("*.html"))
+    assert len(found) > 30
+    for path in found:
+        text = path.read_text("utf-8")
+        assert not re.search(r"<style|\sstyle=|\son[a-z]+=|javascript:", text), path
+        assert not re.search(r"\|\s*safe\b|autoescape|Markup", text), path
+        assert all(' src="/static/' in tag for tag in re.findall("<script[^>]*>", text)), path
+        assert re.findall("<script[^>]*>[^<]", text) == [], path
+        links = re.findall(r'\b(?:href|src|action)="([^"]*)"', text)
+        assert [link for link in links if not re.match(r"/(?!/)|#|[{][{]", link)] == [], path
+        # A whole address is only ever one that is made here, never what somebody has written.
+        whole = {link for link in links if link.startswith("{{")}
+        assert whole <= {"{{ href }}", "{{ path }}", "{{ bar.href }}", "{{ "}, (path, whole)
+        # An attribute is quoted, or what is in it could begin another.
+        inside = re.sub(r"[{][%#].*?[%#][}]", "", text, flags=re.S)
+        assert not re.search(r"<[a-z][^<>]*\s[\w-]+=[{][{]", inside), path
 
 
 FORMULAS = [
@@ -806,6 +853,31 @@ def test_a_loop_over_pages_is_bounded(tmp_path: Path) -> None:
         assert box.row("SELECT COUNT(*) FROM api_key WHERE user_id = :id", id=who.id) == (0,)
         assert bystander.get("/dashboard").status == 200
         assert me.post("/logout", {"csrf_token": csrf}).status == 303
+
+
+def test_guesses_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of codes, and of the password of who left a browser open."""
+    config = CONFIG.replace("[limits]", "[limits]\nfailed_auth_per_minute = 3")
+    with Box(tmp_path / "instance", config) as box:
+        time = Clock(monkeypatch, "2027-03-17T12:00:30Z")
+        who = person(box)
+        me = at_browser(box, who)
+        time.forward(seconds=60)
+        code = filled(box, "/dashboard/billing/redeem", who)[1]["code"]
+        guesses = ["FB-00000-00000-00000-00000"] * 3
+        tried = [send(me, "/dashboard/billing/redeem", code=each) for each in [*guesses, code]]
+        assert [page.status for page in tried] == [404, 404, 404, 429]
+        assert tried[-1].headers["Retry-After"] == "30"
+        elsewhere = at_browser(box, who, client="192.0.2.7")  # the account is counted too
+        assert send(elsewhere, "/dashboard/billing/redeem", code=code).status == 429
+        assert box.standing(who.account) == (0, 0)
+        time.forward(seconds=60)
+        assert send(me, "/dashboard/billing/redeem", code=code).status == 303
+        typed = {"password": "another-long-enough-pass-phrase"}
+        for current, status in (("x", 400), ("y", 400), ("z", 400), ("a password", 429)):
+            answer = send(me, "/dashboard/settings/password", current=current, **typed)
+            assert answer.status == status
+        assert elsewhere.get("/dashboard").status == 200  # nothing was changed
 
 
 ODD = [

@@ -10,7 +10,19 @@ from flask_login import current_user, login_required
 from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints import pages, pictures
-from blueprints.pages import cursor, field, names_of, not_operator, operate, required, show, whole
+from blueprints.billing import KINDS
+from blueprints.pages import (
+    counted,
+    cursor,
+    field,
+    names_of,
+    not_operator,
+    number,
+    operate,
+    required,
+    show,
+    whole,
+)
 from blueprints.rendering import instance
 from core import (
     audit,
@@ -43,6 +55,7 @@ _DAYS = 30
 _LONGEST_NOTE = 200
 _NEWEST = (10**15, "")
 _PATIENCE_SECONDS = 3
+_DONE = {"revoke": "Revoked", "suspend": "Suspended", "resume": "Resumed"}
 
 
 @blueprint.before_request
@@ -84,20 +97,21 @@ def _account_page(account_id: str, problem: Refusal | None = None) -> Response:
     entries = ledger.entries(instance().db, account_id, None, None, 20)
     return show(
         "admin/account.html", problem=problem, found=found, people=people, keys=listed,
-        now=clock.now_ms(), entries=[entry for _, entry in entries],
+        now=clock.now_ms(), entries=[entry for _, entry in entries], words=KINDS,
     )  # fmt: skip
 
 
 @blueprint.route("/accounts/<account_id>/grant", methods=["GET", "POST"])
 @login_required
 def grant(account_id: str) -> BaseResponse:
-    def work(tx: Tx, by: Actor, now: int) -> None:
+    def work(tx: Tx, by: Actor, now: int) -> str:
         credits = whole("credits", least=1)
         if credits is None:
             raise errors.invalid_body("How many credits?", "credits")
         _move(tx, account_id, "grant", credits, _note(), now, by)
+        return f"Granted {counted(credits, 'credit')}."
 
-    return _asked("grant", account_id, work, "Granted.")
+    return _asked("grant", account_id, work)
 
 
 @blueprint.route("/accounts/<account_id>/adjust", methods=["GET", "POST"])
@@ -105,14 +119,22 @@ def grant(account_id: str) -> BaseResponse:
 def adjust(account_id: str) -> BaseResponse:
     """Correct a balance, up or down, with a reason."""
 
-    def work(tx: Tx, by: Actor, now: int) -> None:
+    def work(tx: Tx, by: Actor, now: int) -> str:
         credits = whole("credits", least=-ledger.LARGEST_AMOUNT)
         if credits is None:
             raise errors.invalid_body("How many credits?", "credits")
         required("note", "A reason")
-        _move(tx, account_id, "adjustment", credits, _note(), now, by)
+        try:
+            _move(tx, account_id, "adjustment", credits, _note(), now, by)
+        except Refusal as refusal:
+            if refusal.code == "insufficient_credits":
+                left, wanted = refusal.fields["credits"], counted(-credits, "credit")
+                refusal.message = f"{wanted} cannot be taken away: {number(left)} are available."
+            raise
+        sign = "+" if credits > 0 else ""
+        return f"Adjusted by {sign}{counted(credits, 'credit')}."
 
-    return _asked("adjust", account_id, work, "Adjusted.")
+    return _asked("adjust", account_id, work)
 
 
 @blueprint.route("/accounts/<account_id>/refund", methods=["GET", "POST"])
@@ -120,7 +142,7 @@ def adjust(account_id: str) -> BaseResponse:
 def refund(account_id: str) -> BaseResponse:
     """Give the credits of one of the account's calls back, once."""
 
-    def work(tx: Tx, by: Actor, now: int) -> None:
+    def work(tx: Tx, by: Actor, now: int) -> str:
         request_id, note = required("request_id", "The request id"), _note()
         here = [
             call for call in calls.ids_of_request(tx, request_id)
@@ -131,41 +153,41 @@ def refund(account_id: str) -> BaseResponse:
             raise Refusal("not_found" if not here else "conflict", told)
         credits, _ = ledger.refund(tx, here[0], note, now)
         audit.note(tx, by, "credits.refund", now, account_id, here[0], amount=credits, note=note)
+        return f"Refunded {counted(credits, 'credit')}."
 
-    return _asked("refund", account_id, work, "Refunded.")
+    return _asked("refund", account_id, work)
 
 
 @blueprint.route("/accounts/<account_id>/suspend", methods=["GET", "POST"])
 @login_required
 def suspend(account_id: str) -> BaseResponse:
-    def work(tx: Tx, by: Actor, now: int) -> None:
+    def work(tx: Tx, by: Actor, now: int) -> str:
         keys.check_reason(field("reason"))
         ledger.suspend_account(tx, account_id, field("reason"), now, by)
+        return "Suspended."
 
-    return _asked("suspend", account_id, work, "Suspended.")
+    return _asked("suspend", account_id, work)
 
 
 @blueprint.route("/accounts/<account_id>/resume", methods=["GET", "POST"])
 @login_required
 def resume(account_id: str) -> BaseResponse:
-    def work(tx: Tx, by: Actor, now: int) -> None:
+    def work(tx: Tx, by: Actor, now: int) -> str:
         ledger.resume_account(tx, account_id, now, by)
+        return "Resumed."
 
-    return _asked("resume", account_id, work, "Resumed.")
+    return _asked("resume", account_id, work)
 
 
-def _asked(
-    verb: str, account_id: str, work: Callable[[Tx, Actor, int], None], done: str
-) -> BaseResponse:
-    """Ask first, then do it."""
+def _asked(verb: str, account_id: str, work: Callable[[Tx, Actor, int], str]) -> BaseResponse:
+    """Ask first, then do it and tell what was done."""
     found, problem = _account(account_id), None
     if request.method == "POST":
         try:
-            operate(work)
+            flash(operate(work))
         except Refusal as refusal:
             problem = refusal
         else:
-            flash(done)
             return redirect(f"/admin/accounts/{account_id}", 303)
     return show("admin/ask.html", problem=problem, found=found, verb=verb)
 
@@ -225,7 +247,7 @@ def change_key(key_id: str, verb: str) -> BaseResponse:
         except Refusal as refusal:
             problem = refusal
         else:
-            flash(f"{key.name}: done.")
+            flash(f"{_DONE[verb]} {key.name}.")
             return redirect("/admin/keys", 303)
     return show("admin/ask_key.html", problem=problem, key=key, verb=verb)
 
@@ -283,12 +305,11 @@ def cancel_voucher(voucher_id: str) -> BaseResponse:
 
 
 class Margin(NamedTuple):
-    """What a route asks for and costs, and what it brought. Amounts in dollars."""
+    """What the routes of a path ask for and cost, and what they brought. Amounts in dollars."""
 
     path: str
-    route: Route | None  # None: the config has it no more
+    routes: list[tuple[Route, bool]]  # with whether it costs more than it asks for
     total: RouteTotal
-    unit_price: Decimal | None
     earned: Decimal
     margin: Decimal
 
@@ -300,13 +321,16 @@ def prices() -> Response:
     found, usd = instance(), instance().settings.usd_per_credit
     with found.db.reading() as tx:
         totals = daily.by_route(tx, pictures.today() - _DAYS + 1)
-    routes = {route.path: route for route in found.catalog.routes}
     rows = []
-    for path in [*routes, *(path for path in totals if path not in routes)]:
-        route, total = routes.get(path), totals.get(path, RouteTotal(path, 0, 0, 0, Decimal(0)))
+    for path in dict.fromkeys([*(route.path for route in found.catalog.routes), *totals]):
+        routes = [
+            (route, route.cost_usd is not None and route.cost_usd > usd * route.credits)
+            for route in found.catalog.routes
+            if route.path == path
+        ]
+        total = totals.get(path, RouteTotal(path, 0, 0, 0, Decimal(0)))
         earned = usd * total.captured
-        unit_price = None if route is None else usd * route.credits
-        rows.append(Margin(path, route, total, unit_price, earned, earned - total.cost_usd))
+        rows.append(Margin(path, routes, total, earned, earned - total.cost_usd))
     return show("admin/prices.html", rows=rows, usd=usd)
 
 

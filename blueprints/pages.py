@@ -218,11 +218,12 @@ def field(name: str) -> str | None:
 
 def whole(name: str, least: int = 0) -> int | None:
     """A whole number of a form. Raises `validation_error`."""
-    text = (field(name) or "").replace(",", "")
+    text = (field(name) or "").replace(",", "").replace("−", "-")  # as `number` writes them
     if not text:
         return None
     if not re.fullmatch(r"[+-]?[0-9]{1,16}", text, re.ASCII) or int(text) < least:
-        raise errors.invalid_body(f"“{text}” is not a whole number from {least} up.", name)
+        bounds = f" from {least} up" if least >= 0 else ""
+        raise errors.invalid_body(f"“{text}” is not a whole number{bounds}.", name)
     return int(text)
 
 

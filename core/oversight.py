@@ -58,7 +58,7 @@ def account(tx: Tx, account_id: str, spent_since: int) -> AccountRow | None:
 
 
 class Totals(NamedTuple):
-    """The whole instance at one moment, in credits."""
+    """The whole instance at one moment, in credits; calls of the operator key are open too."""
 
     accounts: int
     balance: int
@@ -69,8 +69,8 @@ class Totals(NamedTuple):
 def totals(tx: Tx) -> Totals:
     """What all accounts have together."""
     row = tx.row(
-        "SELECT COUNT(*), COALESCE(SUM(balance), 0), COALESCE(SUM(held), 0),"
-        " COALESCE(SUM(open_calls), 0) FROM account WHERE id <> :operator",
+        "SELECT COUNT(CASE WHEN id <> :operator THEN 1 END), COALESCE(SUM(balance), 0),"
+        " COALESCE(SUM(held), 0), COALESCE(SUM(open_calls), 0) FROM account",
         {"operator": OPERATOR_ACCOUNT},
     )
     assert row is not None  # an aggregate always answers

@@ -10,8 +10,8 @@ from flask_login import current_user, login_required
 from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints import pages, pictures
-from blueprints.billing import KINDS
 from blueprints.pages import (
+    KINDS,
     counted,
     cursor,
     field,

@@ -12,6 +12,7 @@ from werkzeug.wrappers import Response as BaseResponse
 from blueprints import pictures
 from blueprints.api import moment
 from blueprints.pages import (
+    KINDS,
     act,
     before,
     counted,
@@ -40,15 +41,6 @@ blueprint = Blueprint("billing", __name__, url_prefix="/dashboard/billing")
 blueprint.before_request(before)
 
 QUICK_NAME = "Cursor / agent"
-KINDS = {  # of entries, in people's words
-    "grant": "Grant",
-    "signup": "Welcome credits",
-    "topup": "Top-up",
-    "voucher": "Voucher",
-    "capture": "Charge",
-    "refund": "Refund",
-    "adjustment": "Adjustment",
-}
 GRACES = {"0": "at once", "3600": "in an hour", "86400": "in a day", "604800": "in a week"}
 _ENTRIES = 20
 _PER_PAGE = 100

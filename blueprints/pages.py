@@ -22,6 +22,16 @@ from models import Tx
 
 T = TypeVar("T")
 
+KINDS = {  # of entries, in people's words
+    "grant": "Grant",
+    "signup": "Welcome credits",
+    "topup": "Top-up",
+    "voucher": "Voucher",
+    "capture": "Charge",
+    "refund": "Refund",
+    "adjustment": "Adjustment",
+}
+
 _CHOICE = "account"  # of the cookie and of every form
 
 

@@ -214,8 +214,8 @@ def account_of(browser: Browser) -> str:
 
 
 def identities(browser: Browser) -> list[tuple[str, str]]:
-    """What /dashboard offers to unlink: issuer and subject."""
-    text = browser.get("/dashboard").body.decode()
+    """What Settings offers to unlink: issuer and subject."""
+    text = browser.get("/dashboard/settings").body.decode()
     found = [
         [html.unescape(value) for value in re.findall(rf'name="{name}" value="([^"]*)"', text)]
         for name in ("issuer", "subject")
@@ -492,7 +492,7 @@ def test_somebody_new_signs_in_with_the_button_of_a_provider(
     shown = browser.follow(back)
     text = shown.body.decode()
     assert f'<span class="who">{who.email}</span>' in text
-    assert f"oidc:{name}" in text
+    assert f"oidc:{name}" in browser.get("/dashboard/settings").body.decode()
     assert identities(browser) == [(openid_provider.issuer, who.sub)]
     token = browser.token()
     account = open_box.get("/api/v1/account", token).json()
@@ -1350,7 +1350,7 @@ def test_two_providers_lead_to_one_user(
     assert sorted(identities(browser)) == sorted(both)
     sign_in(elsewhere, second_provider, "second", other)
     assert account_of(elsewhere) == mine
-    text = elsewhere.get("/dashboard").body.decode()
+    text = elsewhere.get("/dashboard/settings").body.decode()
     assert "oidc:rs" in text
     assert "oidc:second" in text
 
@@ -1454,7 +1454,8 @@ def test_an_identity_can_be_unlinked_unless_it_is_the_last_way_in(
     is_page(unlink(browser, openid_provider.issuer, who.sub), 404)
     is_page(unlink(browser, openid_provider.issuer, "nobody"), 404)
     without = browser.post(
-        "/dashboard/settings/identities/unlink", {"issuer": openid_provider.issuer, "subject": one.sub}
+        "/dashboard/settings/identities/unlink",
+        {"issuer": openid_provider.issuer, "subject": one.sub},
     )
     is_page(without, 403)
     assert len(identities(browser)) == 2

@@ -48,7 +48,7 @@ def home() -> Response:
         refunds=next((kind for kind in kinds if kind.kind == "refund"), None),
         a_year_ago=day_name(today - _DAYS_OF_YEAR),
         days=pictures.by_day(groups, today - _DAYS + 1, today, of_failed=False),
-        people=_by(groups, "user_id", names),
+        people=_by(groups, "member", names),
         routes=_by(groups, "route", {}),
         expiring=expiring, unused=unused, low=_runs_low(standing, spent[7].captured),
         is_new=is_new,
@@ -69,18 +69,16 @@ def _since(groups: list[Group], day: int) -> Total:
     return calls.add_up(group for group in groups if group.day >= day)
 
 
-def _by(groups: list[Group], field: str, names: dict[str, str]) -> list[Bar]:
+def _by(groups: list[Group], by: str, names: dict[str, str]) -> list[Bar]:
     """Who or what the most credits went to; the most that is shown is twelve."""
-    totals: dict[str, Total] = {}
-    for value in {getattr(group, field) for group in groups}:
-        totals[value] = calls.add_up(group for group in groups if getattr(group, field) == value)
+    totals = {value: calls.add_up(those) for value, those in calls.split(groups, by).items()}
     ranked = sorted(totals.items(), key=lambda item: (-item[1].captured, item[0]))[:12]
     return bars(
         (
             names.get(value, value) or "Keys that belong to nobody",
             total.captured,
             f"{counted(total.captured, 'credit')}, {counted(total.calls, 'call')}",
-            f"/dashboard/usage?{urlencode({'route': value})}" if field == "route" else None,
+            f"/dashboard/usage?{urlencode({'route': value})}" if by == "route" else None,
         )
         for value, total in ranked
     )

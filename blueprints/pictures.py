@@ -5,7 +5,8 @@ from datetime import UTC, datetime
 from typing import NamedTuple
 
 from blueprints.pages import counted, day_name, number
-from core import clock
+from core import calls, clock
+from core.calls import Total
 from core.daily import Group
 
 MOST_DAYS = 62  # that are drawn one by one; more are drawn by month
@@ -36,30 +37,22 @@ def by_day(
 ) -> list[Bar]:
     """Credits, or failed calls, by day or, of a long time, by month. `query` is what the links of
     the bars keep beside their days."""
-    spans: dict[str, tuple[int, int]] = {}
     by_month = last_day - first_day >= MOST_DAYS
+    spans: dict[str, list[int]] = {}
     for day in range(first_day, last_day + 1):
-        name = day_name(day)[:7] if by_month else day_name(day)
-        start, _ = spans.get(name, (day, day))
-        spans[name] = (start, day)
-    credits, calls, failed = (dict.fromkeys(spans, 0) for _ in range(3))
-    for group in groups:
-        name = day_name(group.day)[: 7 if by_month else 10]
-        if name in spans:  # a clock that stepped back leaves calls in the future
-            credits[name] += group.captured
-            calls[name] += group.calls
-            failed[name] += group.failed
-    return bars(
-        (
-            name,
-            failed[name] if of_failed else credits[name],
-            f"{name}: {number(failed[name])} failed of {counted(calls[name], 'call')}"
-            if of_failed
-            else f"{name}: {counted(credits[name], 'credit')}, {counted(calls[name], 'call')}",
-            f"/dashboard/usage?from={day_name(start)}&to={day_name(end)}{query}",
-        )
-        for name, (start, end) in spans.items()
-    )
+        spans.setdefault(day_name(day)[: 7 if by_month else 10], []).append(day)
+    of_day = {day: calls.add_up(those) for day, those in calls.split(groups, "day").items()}
+    nothing = Total(0, 0, 0)
+    found = []
+    for name, days in spans.items():
+        totals = [of_day.get(day, nothing) for day in days]
+        count, failed, captured = (sum(column) for column in zip(*totals, strict=True))
+        told = f"{counted(captured, 'credit')}, {counted(count, 'call')}"
+        if of_failed:
+            told = f"{number(failed)} failed of {counted(count, 'call')}"
+        href = f"/dashboard/usage?from={day_name(days[0])}&to={day_name(days[-1])}{query}"
+        found.append((name, failed if of_failed else captured, f"{name}: {told}", href))
+    return bars(found)
 
 
 def today() -> int:

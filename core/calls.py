@@ -99,8 +99,9 @@ def summary(
     with db.snapshot() as tx:
         found = groups(tx, account_id, Filter(since=since, until=until))
     totals = []
-    for value, those in _by(found, by).items():
+    for value, those in split(found, by).items():
         total = add_up(those)
+        cost = daily.added(Decimal(group.cost_usd) for group in those)
         name = clock.rfc3339(value * clock.DAY_MS)[:10] if by == "day" else value or None
         totals.append(
             {
@@ -108,7 +109,7 @@ def summary(
                 "calls": total.calls,
                 "captured": total.captured,
                 "failed": total.failed,
-                "cost_usd": format(total.cost_usd, "f"),
+                "cost_usd": format(cost, "f"),
             }
         )
     if by == "day":
@@ -122,18 +123,16 @@ class Total(NamedTuple):
     calls: int
     failed: int
     captured: int
-    cost_usd: Decimal
 
 
 def add_up(found: Iterable[Group]) -> Total:
     """The total of some groups."""
-    these = list(found)
-    return Total(
-        sum(group.calls for group in these),
-        sum(group.failed for group in these),
-        sum(group.captured for group in these),
-        daily.added(group.cost_usd for group in these),
-    )
+    calls = failed = captured = 0
+    for group in found:
+        calls += group.calls
+        failed += group.failed
+        captured += group.captured
+    return Total(calls, failed, captured)
 
 
 def groups(tx: Tx, account_id: str, wanted: Filter) -> list[Group]:
@@ -173,16 +172,18 @@ def _counted(tx: Tx, account_id: str, wanted: Filter) -> list[Group]:
     ]
     # Costs are exact decimals kept as text, so equal ones are counted there and multiplied here.
     return [
-        Group._make((*row[:5], *row[6:9], daily.times(row[5], row[6]), *row[9:])) for row in rows
+        Group._make((*row[:5], *row[6:9], f"{daily.times(row[5], row[6]):f}", *row[9:]))
+        for row in rows
     ]
 
 
-def _by(found: list[Group], by: str) -> dict[Any, list[Group]]:
+def split(found: Iterable[Group], by: str) -> dict[Any, list[Group]]:
+    """Groups by one of `SUMMARIES`; '' stands for none."""
     field = {"member": "user_id", "key": "key_id"}.get(by, by)
-    split: dict[Any, list[Group]] = {}
+    parts: dict[Any, list[Group]] = {}
     for group in found:
-        split.setdefault(getattr(group, field), []).append(group)
-    return split
+        parts.setdefault(getattr(group, field), []).append(group)
+    return parts
 
 
 def _conditions(account_id: str, wanted: Filter) -> tuple[str, dict[str, Any]]:

@@ -35,7 +35,7 @@ class Group(NamedTuple):
     calls: int
     failed: int
     captured: int
-    cost_usd: Decimal
+    cost_usd: str  # a decimal, which only who wants it needs to read
     first_number: int
     last_number: int
 
@@ -118,7 +118,7 @@ def groups(
             **({} if route is None else {"route": route}),
         },
     )  # fmt: skip
-    return [Group._make((*row[:8], Decimal(row[8]), *row[9:])) for row in rows]
+    return [Group._make(row) for row in rows]
 
 
 def numbers(tx: Tx, account_id: str, first_day: int, last_day: int) -> tuple[int, int] | None:

@@ -311,7 +311,7 @@ def test_what_is_no_place_in_a_list_is_refused(boss: Visit, path: str) -> None:
 
 def test_the_tiles_are_the_sums_of_all_accounts(fresh: Box, hand: Clock) -> None:
     hand.now -= 30 * DAY_MS
-    _, _, key = customer(fresh, 50)
+    early, _, key = customer(fresh, 50)
     fresh.get(ECHO, key)  # thirty-one days ago, counting today
     hand.forward(days=1)
     fresh.get(ECHO, key)
@@ -328,6 +328,7 @@ def test_the_tiles_are_the_sums_of_all_accounts(fresh: Box, hand: Clock) -> None
         "Spent, 30 days": "5 $0.05",
     }  # fmt: skip
     assert "65 credits 3 set aside · 2 in 30 days" in page.item(email).text
+    assert "44 credits 0 set aside · 3 in 30 days" in page.item(early).text
     one = boss.open(f"/admin/accounts/{second}")
     assert one.tiles() == {
         "Balance": "65 credits · $0.65", "Set aside": "3 in 1 call", "Spent, 30 days": "2",

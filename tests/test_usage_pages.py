@@ -294,7 +294,7 @@ def test_the_file_is_the_apis_rows_however_many(
         ("from", "yesterday", NO_DAY),
         ("to", "2027-02-29", NO_DAY),
         ("from", "2028-03-03", "The first day lies before the last, by a year at most."),
-        ("from", "2027-03-01", "The first day lies before the last, by a year at most."),
+        ("from", "2027-03-02", "The first day lies before the last, by a year at most."),
         ("from", "0001-01-01", "The first day lies before the last, by a year at most."),
         ("status", "lost", "A status is one of held, captured, voided."),
         ("before", "x", "That is not a place in this list."),

@@ -66,7 +66,17 @@ def test_the_rules_know_no_http_framework_and_nothing_above_them(path: Path) -> 
 
 @pytest.mark.parametrize("path", BLUEPRINTS, ids=lambda p: p.name)
 def test_blueprints_do_not_know_the_application_or_each_other(path: Path) -> None:
-    shared = ("rendering", "cors", "bodies", "api", "visitors", "pages", "pictures", "tables", "inviting")
+    shared = (
+        "rendering",
+        "cors",
+        "bodies",
+        "api",
+        "visitors",
+        "pages",
+        "pictures",
+        "tables",
+        "inviting",
+    )
     allowed = {"blueprints", *(f"blueprints.{name}" for name in shared)}
     for name in imports(path):
         top = name.split(".")[0]

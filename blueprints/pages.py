@@ -169,13 +169,6 @@ def accounts_of(tx: Tx, user: users.User) -> list[Account]:
     return sorted(found, key=lambda account: account.id != user.account_id)
 
 
-def account_name() -> str:
-    """What the person calls the account they look at."""
-    here = seat().account_id
-    with instance().db.reading() as tx:
-        return next(each.name for each in accounts_of(tx, visitor().user) if each.id == here)
-
-
 def names_of(tx: Tx, user_ids: set[str]) -> dict[str, str]:
     """What to call people, those who have left included."""
     return {user_id: users.name_of(tx, user_id) for user_id in user_ids}

@@ -7,7 +7,7 @@ from werkzeug.wrappers import Response as BaseResponse
 from blueprints import inviting
 from blueprints.api import require_owner
 from blueprints.inviting import Invitation
-from blueprints.pages import account_name, act, before, field, required, seat, show, visitor, whole
+from blueprints.pages import act, before, field, required, seat, show, visitor, whole
 from blueprints.rendering import instance
 from blueprints.visitors import sign_in, sign_out, with_password
 from core import clock, errors, keys, members, passwords, sessions, users
@@ -122,8 +122,6 @@ def remove_member(member_id: str) -> BaseResponse:
     if request.method != "POST":
         return show("dashboard/remove_member.html", member=member)
 
-    left = account_name() if member.user_id == seat().user_id else None
-
     def work(tx: Tx, who: Seat, by: Actor, now: int) -> None:
         current = members.get(tx, member_id, who.account_id)
         if current.user_id != who.user_id:
@@ -134,7 +132,8 @@ def remove_member(member_id: str) -> BaseResponse:
         act(work)
     except Refusal as refusal:
         return show("dashboard/remove_member.html", problem=refusal, member=member)
-    flash(f"You have left {left}." if left else f"Removed {member.email or member.user_id}.")
+    leaves = member.user_id == visitor().user.id
+    flash("You have left that account." if leaves else f"Removed {member.email or member.user_id}.")
     return redirect("/dashboard/settings", 303)
 
 

@@ -3,12 +3,17 @@
 import csv
 import io
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 from flask import Response
 
+from core.errors import Refusal
+
 Cell = str | int | bool | None
 
+# At once in this process: each keeps a thread for as long as its reader takes.
+_downloads = threading.BoundedSemaphore(4)
 _STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # of formulas; the last four are wide letters
 _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?", re.ASCII)
 
@@ -16,8 +21,12 @@ _NUMBER = re.compile(r"[+-]?[0-9]+(\.[0-9]+)?", re.ASCII)
 def csv_response(
     name: str, columns: Sequence[str], rows: Iterable[list[Sequence[Cell]]]
 ) -> Response:
-    """An answer that downloads as `name`; `rows` come in batches."""
+    """An answer that downloads as `name`; `rows` come in batches. Raises `overloaded`."""
+    if not _downloads.acquire(blocking=False):
+        told = "Too many tables are being downloaded at this moment."
+        raise Refusal("overloaded", told, headers={"Retry-After": "10"})
     answer = Response(_lines(columns, rows), mimetype="text/csv")
+    answer.call_on_close(_downloads.release)
     answer.headers["Content-Disposition"] = f'attachment; filename="{name}"'
     return answer
 

@@ -17,6 +17,7 @@ from core.calls import Filter, Total
 from core.daily import Group
 from core.errors import Refusal
 from core.instance import Instance
+from core.sessions import Seat
 from models import Tx
 
 blueprint = Blueprint("usage", __name__, url_prefix="/dashboard")
@@ -78,7 +79,7 @@ def listed() -> Response:
     shown = rows[:_PER_PAGE]
     with found.db.snapshot() as tx:
         groups = _groups(tx, who.account_id, wish)
-        key_names = keys.names(tx, who.account_id)
+        key_names = _key_names(tx, who)
         people = names_of(tx, {call["user_id"] for _, call in shown if call["user_id"]})
         has_called = ledger.has_called(tx, who.account_id)
     older = wish.query(before=shown[-1][0]) if len(rows) > len(shown) else None
@@ -96,11 +97,16 @@ def listed() -> Response:
 def _not_understood(problem: Refusal) -> Response:
     """The form as it was filled in, what is wrong with it, and nothing that was not asked for."""
     with instance().db.reading() as tx:
-        key_names = keys.names(tx, seat().account_id)
+        key_names = _key_names(tx, seat())
     return show(
         "dashboard/usage.html", problem=problem, asked=request.args, key_names=key_names,
         routes=_routes([]), statuses=STATUS_WORDS,
     )  # fmt: skip
+
+
+def _key_names(tx: Tx, who: Seat) -> dict[str, str]:
+    """The names of the keys a person may see: who is no owner sees whose the others are."""
+    return keys.names(tx, who.account_id, None if who.is_owner else who.user_id)
 
 
 def _routes(groups: list[Group]) -> list[str]:
@@ -134,7 +140,7 @@ def explained(request_id: str) -> Response:
         raise errors.not_found()
     call_id, call = named
     with found.db.reading() as tx:
-        key_name = keys.names(tx, who.account_id).get(call["key_id"])
+        key_name = _key_names(tx, who).get(call["key_id"])
         people = names_of(tx, {call["user_id"]} - {None})
         entries = ledger.entries_about(tx, call_id)
     route = next(

@@ -341,11 +341,13 @@ def _is_soon(key: Key, now: int) -> bool:
     return key.expires_at is not None and key.expires_at <= now + EXPIRES_SOON_MS
 
 
-def names(tx: Tx, account_id: str) -> dict[str, str]:
-    """The names of an account's keys, revoked ones too, by id; the newest first."""
+def names(tx: Tx, account_id: str, user_id: str | None) -> dict[str, str]:
+    """The names of an account's keys by id, revoked ones too, the newest first; of one person only,
+    if given."""
+    condition = "" if user_id is None else " AND user_id = :user"
     rows = tx.rows(
-        "SELECT id, name FROM api_key WHERE account_id = :account ORDER BY number DESC",
-        {"account": account_id},
+        f"SELECT id, name FROM api_key WHERE account_id = :account{condition} ORDER BY number DESC",
+        {"account": account_id} | ({} if user_id is None else {"user": user_id}),
     )
     return dict(rows)
 

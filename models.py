@@ -12,6 +12,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -66,10 +67,12 @@ class Tx:
 class _Job(Generic[T]):
     """One write that waits its turn; `turn` is released when it is done or must lead."""
 
-    __slots__ = ("done", "durable", "error", "result", "turn", "work")
+    __slots__ = ("context", "done", "durable", "error", "result", "turn", "work")
 
     def __init__(self, work: Callable[[Tx], T], durable: bool) -> None:
         self.work = work
+        # Whoever leads runs it: what it asks of its surroundings must be its own all the same.
+        self.context = copy_context()
         self.durable = durable
         self.done = False
         self.result: T | None = None
@@ -225,7 +228,7 @@ class Database:
         assert self._writer is not None
         written, job.error = self._writer.total_changes(), None
         try:
-            job.result = job.work(tx)
+            job.result = job.context.run(job.work, tx)
         except errors.Refusal as refusal:
             if self._writer.total_changes() != written:
                 raise

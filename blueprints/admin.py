@@ -24,6 +24,7 @@ from blueprints.pages import (
     whole,
 )
 from blueprints.rendering import instance
+from blueprints.visitors import visitor
 from core import (
     audit,
     calls,
@@ -60,7 +61,7 @@ _DONE = {"revoke": "Revoked", "suspend": "Suspended", "resume": "Resumed"}
 
 @blueprint.before_request
 def _operators_only() -> None:
-    if current_user.is_authenticated and not pages.visitor().user.is_operator:
+    if current_user.is_authenticated and not visitor().user.is_operator:
         raise not_operator()
 
 

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 
-from flask import Blueprint, Response, redirect, request
+from flask import Blueprint, Response, flash, redirect, request, session
 from flask_login import current_user
 from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints.rendering import client_address, instance, page
 from blueprints.visitors import (
+    CHOICE,
     check_csrf,
     local_path,
     sign_in,
     sign_out,
     throttle,
+    visitor,
     with_password,
 )
 from core import clock, links, mail, members, passwords, users
@@ -159,11 +161,11 @@ def invite() -> BaseResponse:
     if request.method != "POST":
         return page("auth/join.html", token=token, host=host, me=current_user.user)
     if current_user.is_authenticated:
-        visitor, now = current_user, clock.now_ms()
+        me, now = visitor(), clock.now_ms()
         instance().db.write(
-            lambda tx: members.join(tx, token, visitor.user.id, now, visitor.actor), durable=True
+            lambda tx: members.join(tx, token, me.user.id, now, me.actor), durable=True
         )
-        return redirect("/dashboard", 303)
+        return _joined(link.account_id, host)
     by = Actor("invite", client_address(request.environ))
 
     def work(tx: Tx, email: str, hashed: str, now: int) -> User:
@@ -171,7 +173,15 @@ def invite() -> BaseResponse:
         members.join(tx, token, user.id, now, Actor(user.id, by.address))
         return user
 
-    return _submitted("invite", work, token, asked, host=host)
+    answer = _submitted("invite", work, token, asked, host=host)
+    return _joined(link.account_id, host) if answer.status_code == 303 else answer
+
+
+def _joined(account_id: str, host: str | None) -> BaseResponse:
+    """On to the account that was joined."""
+    session[CHOICE] = account_id
+    flash(f"You have joined {host}’s account." if host else "You have joined.")
+    return redirect("/dashboard", 303)
 
 
 # Forms that ask for an e-mail and a password
@@ -213,7 +223,8 @@ def _submitted(
         answer = _form(purpose, token, typed, refusal.message, refusal.kind.status, host)
         answer.headers.update(refusal.headers)
         return answer
-    sign_in(user, purpose)
+    if not sign_in(user, purpose, hashed):
+        return redirect("/login", 303)  # it was replaced a moment later
     return redirect("/dashboard", 303)
 
 

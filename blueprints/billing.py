@@ -23,11 +23,11 @@ from blueprints.pages import (
     required,
     seat,
     show,
-    visitor,
     whole,
 )
 from blueprints.rendering import client_address, instance
 from blueprints.tables import Cell, csv_response
+from blueprints.visitors import visitor
 from core import access, clock, daily, errors, examples, keys, ledger, session_tokens, vouchers
 from core.audit import Actor
 from core.errors import Refusal

@@ -12,7 +12,7 @@ from flask_login import current_user
 from markupsafe import Markup
 
 from blueprints.rendering import instance, page
-from blueprints.visitors import Visitor, check_csrf
+from blueprints.visitors import CHOICE, Visitor, check_csrf, visitor
 from core import access, clock, errors, ledger, members, sessions, users
 from core.audit import Actor
 from core.errors import Refusal
@@ -32,8 +32,6 @@ KINDS = {  # of entries, in people's words
     "adjustment": "Adjustment",
 }
 
-_CHOICE = "account"  # of the cookie and of every form
-
 
 class Account(NamedTuple):
     """An account a person may look at, and what they call it."""
@@ -48,7 +46,7 @@ def register(app: Flask) -> None:
     """Give templates their words for numbers and times."""
     app.jinja_env.filters.update(
         number=number, counted=counted, plural=plural, when=when, dollars=dollars,
-        worth=lambda credits: instance().worth(credits),
+        day_field=day_field, worth=lambda credits: instance().worth(credits),
     )  # fmt: skip
 
 
@@ -59,21 +57,15 @@ def before() -> None:
         access.count_reading(instance(), current_user.user)
 
 
-def visitor() -> Visitor:
-    """Who is signed in; only behind `login_required`."""
-    found: Visitor = current_user
-    return found
-
-
 def seat() -> Seat:
     """The person in the account they look at: the one their form names, or the one they chose, or
     their own. Raises `not_found` for a form of another's account."""
     if "seat" not in g:
-        me, named = visitor(), request.form.get(_CHOICE)
+        me, named = visitor(), request.form.get(CHOICE)
         with instance().db.reading() as tx:
-            found = _seat(tx, named or session.get(_CHOICE) or me.user.account_id)
+            found = _seat(tx, me, named or session.get(CHOICE) or me.user.account_id)
             if found is None and named is None:  # the membership ended
-                found = _seat(tx, me.user.account_id)
+                found = _seat(tx, me, me.user.account_id)
         if found is None:
             raise errors.not_found()
         g.seat = found
@@ -84,18 +76,19 @@ def seat() -> Seat:
 def choose(account_id: str) -> None:
     """Look at that account from now on. Raises `not_found` for one the person is no member of."""
     with instance().db.reading() as tx:
-        if _seat(tx, account_id) is None:
+        if _seat(tx, visitor(), account_id) is None:
             raise errors.not_found()
-    session[_CHOICE] = account_id
+    session[CHOICE] = account_id
 
 
 def act(work: Callable[[Tx, Seat, Actor, int], T]) -> T:
     """Do something for the account in one durable transaction, unless the person may not any more.
     Raises `invalid_token` for who was signed out meanwhile, `account_suspended`."""
-    account_id, now, by = seat().account_id, clock.now_ms(), visitor().actor
+    me, account_id, now = visitor(), seat().account_id, clock.now_ms()
+    by = me.actor
 
     def transaction(tx: Tx) -> T:
-        current = _seat(tx, account_id)
+        current = _seat(tx, me, account_id)
         if current is None:
             raise _gone()
         access.require_active(current)
@@ -112,7 +105,7 @@ def operate(work: Callable[[Tx, Actor, int], T]) -> T:
     seat()  # what is made can then be shown
 
     def transaction(tx: Tx) -> T:
-        current = _seat(tx, me.user.account_id)
+        current = _seat(tx, me, me.user.account_id)
         if current is None:
             raise _gone()
         if not current.is_operator:
@@ -212,6 +205,15 @@ def day_name(day: int) -> str:
     return clock.rfc3339(day * clock.DAY_MS)[:10]
 
 
+def day_field(text: str) -> str:
+    """The type of the field of a day: one with a calendar would not show what is none."""
+    try:
+        date.fromisoformat(text or "1970-01-01")
+    except ValueError:
+        return "text"
+    return "date" if len(text) in (0, len("1970-01-01")) else "text"
+
+
 # Fields of forms and queries. An empty one counts as left out.
 
 
@@ -259,5 +261,5 @@ def month_of(text: str | None) -> date:
         raise errors.invalid_body("A month looks like 2026-11.", "month") from None
 
 
-def _seat(tx: Tx, account_id: str) -> Seat | None:
-    return sessions.seat(tx, visitor().session.id, account_id, clock.now_ms())
+def _seat(tx: Tx, who: Visitor, account_id: str) -> Seat | None:
+    return sessions.seat(tx, who.session.id, account_id, clock.now_ms())

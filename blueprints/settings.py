@@ -7,9 +7,9 @@ from werkzeug.wrappers import Response as BaseResponse
 from blueprints import inviting
 from blueprints.api import require_owner
 from blueprints.inviting import Invitation
-from blueprints.pages import act, before, field, required, seat, show, visitor, whole
+from blueprints.pages import act, before, field, required, seat, show, whole
 from blueprints.rendering import instance
-from blueprints.visitors import sign_in, sign_out, with_password
+from blueprints.visitors import sign_in, sign_out, visitor, with_password
 from core import clock, errors, keys, members, passwords, sessions, users
 from core.audit import Actor
 from core.errors import Refusal
@@ -67,7 +67,8 @@ def password() -> BaseResponse:
         users.set_password(tx, me.user.id, hashed, now, me.actor)
         return users.get(tx, me.user.id)
 
-    sign_in(instance().db.write(work, durable=True), "password")
+    if not sign_in(instance().db.write(work, durable=True), "password", hashed):
+        return redirect("/login", 303)  # it was replaced a moment later
     flash("The password is changed. Every other browser is signed out.")
     return redirect("/dashboard/settings", 303)
 

@@ -22,6 +22,7 @@ from core.sessions import Origin, Session
 from core.users import User
 from models import Tx
 
+CHOICE = "account"  # in the cookie: which of their accounts a person looks at
 _csrf = CSRFProtect()
 # Failures of one address against everybody, for one that tries a password on many names.
 _NAMES_AT_ONCE = 10
@@ -38,15 +39,12 @@ class Visitor:
     def __init__(self, user: User, found: Session, secret: str) -> None:
         self.user = user
         self.session = found
+        self.actor = Actor(user.id, client_address(request.environ))
         self._secret = secret
 
     def get_id(self) -> str:
         """What the cookie holds: not who it is, but what opens the session."""
         return self._secret
-
-    @property
-    def actor(self) -> Actor:
-        return Actor(self.user.id, client_address(request.environ))
 
 
 def register(app: Flask) -> None:
@@ -69,6 +67,13 @@ def register(app: Flask) -> None:
     login.session_protection = None  # a session is ended by who owns it, not by a new address
     login.user_loader(_load)
     login.unauthorized_handler(_to_sign_in)
+
+
+def visitor() -> Visitor:
+    """Who is signed in, if anybody is. Themselves, and not flask-login's stand-in for whoever it is
+    where it is asked: transactions run wherever a commit is led from."""
+    found: Visitor = current_user._get_current_object()
+    return found
 
 
 def sign_in(user: User, method: str, password_hash: str | None = None) -> bool:
@@ -132,10 +137,10 @@ def throttle(*limits: tuple[str, int]) -> None:
 def sign_out() -> None:
     """End this browser's session, if it has one, and forget all its cookie held."""
     if current_user.is_authenticated:
-        visitor, now = current_user, clock.now_ms()
+        me, now = visitor(), clock.now_ms()
 
         def work(tx: Tx) -> bool:
-            return sessions.end(tx, visitor.session.id, visitor.user.id, now, visitor.actor)
+            return sessions.end(tx, me.session.id, me.user.id, now, me.actor)
 
         instance().db.write(work, durable=True)
         logout_user()

@@ -276,6 +276,8 @@ def test_bad_terms_are_told_and_shown_again_as_typed(
         assert form.one("input", name="restricted").is_checked
         if "scopes" not in terms:
             assert form.one("input", name="scopes").is_checked
+        is_day = typed["expires"] != "2027-02-30"
+        assert form.one("input", name="expires").get("type") == ("date" if is_day else "text")
         if "credit_period" not in terms:
             assert shown["credit_period"] == "week"
         if path == BILLING:

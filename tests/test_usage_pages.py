@@ -313,7 +313,10 @@ def test_a_bad_wish_is_told_and_shown_again(world: World, name: str, value: str,
         if field not in ("before", "status") or typed == "voided":
             assert shown[field] == typed, field
     if name in ("from", "to"):
-        assert form.one("input", name=name).get("aria-invalid") == "true"
+        field = form.one("input", name=name)
+        assert field.get("aria-invalid") == "true"
+        # A calendar shows days alone, and would hide what else was typed.
+        assert field.get("type") == ("text" if told == NO_DAY else "date")
     # Nothing is listed under words that were not understood.
     assert not page.main.all("table") and page.tiles() == {} and page.bars() == []
     if name != "before":

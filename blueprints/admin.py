@@ -18,6 +18,7 @@ from blueprints.pages import (
     names_of,
     not_operator,
     number,
+    once,
     operate,
     required,
     show,
@@ -35,7 +36,6 @@ from core import (
     ledger,
     members,
     oversight,
-    tokens,
     upstream,
     vouchers,
 )  # fmt: skip
@@ -105,14 +105,12 @@ def _account_page(account_id: str, problem: Refusal | None = None) -> Response:
 @blueprint.route("/accounts/<account_id>/grant", methods=["GET", "POST"])
 @login_required
 def grant(account_id: str) -> BaseResponse:
-    def work(tx: Tx, by: Actor, now: int) -> str:
-        credits = whole("credits", least=1)
-        if credits is None:
-            raise errors.invalid_body("How many credits?", "credits")
-        _move(tx, account_id, "grant", credits, _note(), now, by)
+    def do() -> str:
+        credits = _amount(least=1)
+        _move(account_id, "grant", credits, _note())
         return f"Granted {counted(credits, 'credit')}."
 
-    return _asked("grant", account_id, work)
+    return _asked("grant", account_id, do)
 
 
 @blueprint.route("/accounts/<account_id>/adjust", methods=["GET", "POST"])
@@ -120,13 +118,11 @@ def grant(account_id: str) -> BaseResponse:
 def adjust(account_id: str) -> BaseResponse:
     """Correct a balance, up or down, with a reason."""
 
-    def work(tx: Tx, by: Actor, now: int) -> str:
-        credits = whole("credits", least=-ledger.LARGEST_AMOUNT)
-        if credits is None:
-            raise errors.invalid_body("How many credits?", "credits")
+    def do() -> str:
+        credits = _amount(least=-ledger.LARGEST_AMOUNT)
         required("note", "A reason")
         try:
-            _move(tx, account_id, "adjustment", credits, _note(), now, by)
+            _move(account_id, "adjustment", credits, _note())
         except Refusal as refusal:
             if refusal.code == "insufficient_credits":
                 left, wanted = refusal.fields["credits"], counted(-credits, "credit")
@@ -135,7 +131,7 @@ def adjust(account_id: str) -> BaseResponse:
         sign = "+" if credits > 0 else ""
         return f"Adjusted by {sign}{counted(credits, 'credit')}."
 
-    return _asked("adjust", account_id, work)
+    return _asked("adjust", account_id, do)
 
 
 @blueprint.route("/accounts/<account_id>/refund", methods=["GET", "POST"])
@@ -143,49 +139,55 @@ def adjust(account_id: str) -> BaseResponse:
 def refund(account_id: str) -> BaseResponse:
     """Give the credits of one of the account's calls back, once."""
 
-    def work(tx: Tx, by: Actor, now: int) -> str:
+    def do() -> str:
         request_id, note = required("request_id", "The request id"), _note()
-        here = [
-            call for call in calls.ids_of_request(tx, request_id)
-            if calls.account_of(tx, call) == account_id
-        ]  # fmt: skip
-        if len(here) != 1:
-            told = "This account has no such call." if not here else "Several calls have that id."
-            raise Refusal("not_found" if not here else "conflict", told)
-        credits, _ = ledger.refund(tx, here[0], note, now)
-        audit.note(tx, by, "credits.refund", now, account_id, here[0], amount=credits, note=note)
-        return f"Refunded {counted(credits, 'credit')}."
+        with instance().db.reading() as tx:
+            here = calls.ids_of_request(tx, request_id, account_id)
+        if not here:
+            raise Refusal("not_found", "This account has no such call.")
+        if len(here) > 1:
+            raise Refusal("conflict", "Several calls have that id.")
 
-    return _asked("refund", account_id, work)
+        def work(tx: Tx, by: Actor, now: int) -> int:
+            credits, _ = ledger.refund(tx, here[0], note, now)
+            audit.note(
+                tx, by, "credits.refund", now, account_id, here[0], amount=credits, note=note
+            )
+            return credits
+
+        return f"Refunded {counted(operate(work), 'credit')}."
+
+    return _asked("refund", account_id, do)
 
 
 @blueprint.route("/accounts/<account_id>/suspend", methods=["GET", "POST"])
 @login_required
 def suspend(account_id: str) -> BaseResponse:
-    def work(tx: Tx, by: Actor, now: int) -> str:
-        keys.check_reason(field("reason"))
-        ledger.suspend_account(tx, account_id, field("reason"), now, by)
+    def do() -> str:
+        reason = field("reason")
+        keys.check_reason(reason)
+        operate(lambda tx, by, now: ledger.suspend_account(tx, account_id, reason, now, by))
         return "Suspended."
 
-    return _asked("suspend", account_id, work)
+    return _asked("suspend", account_id, do)
 
 
 @blueprint.route("/accounts/<account_id>/resume", methods=["GET", "POST"])
 @login_required
 def resume(account_id: str) -> BaseResponse:
-    def work(tx: Tx, by: Actor, now: int) -> str:
-        ledger.resume_account(tx, account_id, now, by)
+    def do() -> str:
+        operate(lambda tx, by, now: ledger.resume_account(tx, account_id, now, by))
         return "Resumed."
 
-    return _asked("resume", account_id, work)
+    return _asked("resume", account_id, do)
 
 
-def _asked(verb: str, account_id: str, work: Callable[[Tx, Actor, int], str]) -> BaseResponse:
+def _asked(verb: str, account_id: str, do: Callable[[], str]) -> BaseResponse:
     """Ask first, then do it and tell what was done."""
     found, problem = _account(account_id), None
     if request.method == "POST":
         try:
-            flash(operate(work))
+            flash(do())
         except Refusal as refusal:
             problem = refusal
         else:
@@ -193,12 +195,25 @@ def _asked(verb: str, account_id: str, work: Callable[[Tx, Actor, int], str]) ->
     return show("admin/ask.html", problem=problem, found=found, verb=verb)
 
 
-def _move(
-    tx: Tx, account_id: str, kind: str, credits: int, note: str | None, now: int, by: Actor
-) -> None:
-    reference = tokens.new_id(kind)
-    ledger.add_credits(tx, account_id, kind, credits, reference, note, now)
-    audit.note(tx, by, f"credits.{kind}", now, account_id, reference, amount=credits, note=note)
+def _move(account_id: str, kind: str, credits: int, note: str | None) -> None:
+    """Move credits, once for each form that was shown. Raises as `ledger.add_credits` does, and
+    `conflict` for a form that was sent before."""
+    reference = once(kind)
+
+    def work(tx: Tx, by: Actor, now: int) -> None:
+        if ledger.add_credits(tx, account_id, kind, credits, reference, note, now) is None:
+            raise Refusal("conflict", "This form was sent before, and did what it says then.")
+        audit.note(tx, by, f"credits.{kind}", now, account_id, reference, amount=credits, note=note)
+
+    operate(work)
+
+
+def _amount(least: int) -> int:
+    """The credits a form asks for. Raises `validation_error`."""
+    credits = whole("credits", least)
+    if credits is None:
+        raise errors.invalid_body("How many credits?", "credits")
+    return credits
 
 
 def _note() -> str | None:
@@ -244,7 +259,7 @@ def change_key(key_id: str, verb: str) -> BaseResponse:
         key = keys.get(tx, key_id)
     if request.method == "POST":
         try:
-            operate(lambda tx, by, now: _change_key(tx, key, verb, now, by))
+            _change_key(key, verb)
         except Refusal as refusal:
             problem = refusal
         else:
@@ -253,14 +268,15 @@ def change_key(key_id: str, verb: str) -> BaseResponse:
     return show("admin/ask_key.html", problem=problem, key=key, verb=verb)
 
 
-def _change_key(tx: Tx, key: Key, verb: str, now: int, by: Actor) -> None:
+def _change_key(key: Key, verb: str) -> None:
     if verb == "suspend":
-        keys.check_reason(field("reason"))
-        keys.suspend(tx, key.id, field("reason"), now, by)
+        reason = field("reason")
+        keys.check_reason(reason)
+        operate(lambda tx, by, now: keys.suspend(tx, key.id, reason, now, by))
     elif verb == "resume":
-        keys.resume(tx, key.id, now, by)
+        operate(lambda tx, by, now: keys.resume(tx, key.id, now, by))
     else:
-        keys.revoke(tx, key.id, now, by)
+        operate(lambda tx, by, now: keys.revoke(tx, key.id, now, by))
 
 
 # Vouchers
@@ -273,15 +289,9 @@ def all_vouchers() -> Response:
     codes: list[str] = []
     problem, before = None, cursor()
 
-    def work(tx: Tx, by: Actor, now: int) -> list[str]:
-        credits, count = whole("credits", least=1), whole("count", least=1) or 1
-        if credits is None:
-            raise errors.invalid_body("How many credits?", "credits")
-        return vouchers.make(tx, credits, count, field("note"), now, by)
-
     if request.method == "POST":
         try:
-            codes = operate(work)
+            codes = _make_vouchers()
         except Refusal as refusal:
             problem = refusal
     with instance().db.reading() as tx:
@@ -294,9 +304,18 @@ def all_vouchers() -> Response:
     )  # fmt: skip
 
 
-@blueprint.post("/vouchers/<voucher_id>/cancel")
+def _make_vouchers() -> list[str]:
+    credits, count, note = _amount(least=1), whole("count", least=1) or 1, field("note")
+    first_id = once("vch")
+    return operate(lambda tx, by, now: vouchers.make(tx, credits, count, note, now, by, first_id))
+
+
+@blueprint.route("/vouchers/<voucher_id>/cancel", methods=["GET", "POST"])
 @login_required
 def cancel_voucher(voucher_id: str) -> BaseResponse:
+    """Ask first, then make a code worthless."""
+    if request.method != "POST":
+        return show("admin/cancel_voucher.html", voucher_id=voucher_id)
     operate(lambda tx, by, now: vouchers.cancel(tx, voucher_id, now, by))
     flash("The voucher is worth nothing any more.")
     return redirect("/admin/vouchers", 303)
@@ -311,6 +330,7 @@ class Margin(NamedTuple):
     path: str
     routes: list[tuple[Route, bool]]  # with whether it costs more than it asks for
     total: RouteTotal
+    refunded: int  # credits given back
     earned: Decimal
     margin: Decimal
 
@@ -320,18 +340,21 @@ class Margin(NamedTuple):
 def prices() -> Response:
     """What is asked for each route, what it costs, and what was left of it."""
     found, usd = instance(), instance().settings.usd_per_credit
+    since = pictures.today() - _DAYS + 1
     with found.db.reading() as tx:
-        totals = daily.by_route(tx, pictures.today() - _DAYS + 1)
+        totals = daily.by_route(tx, since)
+        refunds = ledger.refunded_by_route(tx, since * clock.DAY_MS)
     rows = []
-    for path in dict.fromkeys([*(route.path for route in found.catalog.routes), *totals]):
+    for path in dict.fromkeys([*(route.path for route in found.catalog.routes), *totals, *refunds]):
         routes = [
             (route, route.cost_usd is not None and route.cost_usd > usd * route.credits)
             for route in found.catalog.routes
             if route.path == path
         ]
         total = totals.get(path, RouteTotal(path, 0, 0, 0, Decimal(0)))
-        earned = usd * total.captured
-        rows.append(Margin(path, routes, total, earned, earned - total.cost_usd))
+        refunded = refunds.get(path, 0)
+        earned = usd * (total.captured - refunded)
+        rows.append(Margin(path, routes, total, refunded, earned, earned - total.cost_usd))
     return show("admin/prices.html", rows=rows, usd=usd)
 
 

@@ -20,6 +20,7 @@ from blueprints.pages import (
     day_name,
     field,
     month_of,
+    once,
     required,
     seat,
     show,
@@ -49,6 +50,10 @@ _COLUMNS = ("id", "created_at", "kind", "amount", "balance", "reference", "note"
 
 
 @blueprint.get("")
+@blueprint.get("/keys")  # where the answers to forms are shown, and may be loaded again
+@blueprint.get("/keys/quick")
+@blueprint.get("/redeem")
+@blueprint.get("/session-token")
 @login_required
 def home() -> Response:
     return _home()
@@ -120,11 +125,11 @@ def _create(wish: Callable[[], Terms]) -> Response:
         terms = wish()
         terms.check(clock.now_ms())  # before the hash, which takes its time
         access.require_active(seat())
-        secret = NewSecret(instance().settings.instance.key_prefix)
+        secret, key_id = NewSecret(instance().settings.instance.key_prefix), once("key")
 
         def work(tx: Tx, who: Seat, by: Actor, now: int) -> Key:
-            made = keys.add(tx, who.account_id, who.user_id, terms, secret, now, by)
-            return keys.get(tx, made)
+            keys.add(tx, who.account_id, who.user_id, terms, secret, now, by, key_id)
+            return keys.get(tx, key_id)
 
         return _secret(act(work), secret, "Your new key")
     except Refusal as refusal:
@@ -185,9 +190,11 @@ def revoke(key_id: str) -> BaseResponse:
 @blueprint.route("/keys/<key_id>/suspend", methods=["GET", "POST"])
 @login_required
 def suspend(key_id: str) -> BaseResponse:
+    reason = field("reason")
+
     def work(tx: Tx, who: Seat, by: Actor, now: int) -> None:
-        keys.check_reason(field("reason"))
-        keys.suspend(tx, keys.owned(tx, key_id, who).id, field("reason"), now, by)
+        keys.check_reason(reason)
+        keys.suspend(tx, keys.owned(tx, key_id, who).id, reason, now, by)
 
     return _confirmed("suspend", key_id, work, "Suspended")
 
@@ -252,11 +259,11 @@ def regenerate(key_id: str) -> Response:
 def _rotated(key: Key, grace_ms: int) -> Response:
     """The page with a key's new secret. Raises as `keys.rotate` does."""
     keys.check_grace(grace_ms)
-    secret = NewSecret(instance().settings.instance.key_prefix)
+    secret, start = NewSecret(instance().settings.instance.key_prefix), field("start")
 
     def work(tx: Tx, who: Seat, by: Actor, now: int) -> Key:
         mine = keys.owned(tx, key.id, who)
-        keys.rotate(tx, mine.id, secret, grace_ms, now, by)
+        keys.rotate(tx, mine.id, secret, grace_ms, now, by, start)
         return keys.get(tx, mine.id)
 
     return _secret(act(work), secret, "The new secret")

@@ -75,7 +75,7 @@ def _by(groups: list[Group], by: str, names: dict[str, str]) -> list[Bar]:
     ranked = sorted(totals.items(), key=lambda item: (-item[1].captured, item[0]))[:12]
     return bars(
         (
-            names.get(value, value) or "Keys that belong to nobody",
+            names.get(value, value) or "Keys without an owner",
             total.captured,
             f"{counted(total.captured, 'credit')}, {counted(total.calls, 'call')}",
             f"/dashboard/usage?{urlencode({'route': value})}" if by == "route" else None,

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from blueprints.rendering import instance, page
 from blueprints.visitors import CHOICE, Visitor, check_csrf, visitor
-from core import access, clock, errors, ledger, members, sessions, users
+from core import access, clock, errors, ledger, members, sessions, tokens, users
 from core.audit import Actor
 from core.errors import Refusal
 from core.ledger import Standing
@@ -21,6 +21,8 @@ from core.sessions import Seat
 from models import Tx
 
 T = TypeVar("T")
+
+_THOUSANDS = re.compile(r"[+-]?[0-9]{1,3}(,[0-9]{3})+", re.ASCII)
 
 KINDS = {  # of entries, in people's words
     "grant": "Grant",
@@ -44,6 +46,7 @@ class Account(NamedTuple):
 
 def register(app: Flask) -> None:
     """Give templates their words for numbers and times."""
+    app.jinja_env.globals["new_id"] = tokens.new_id
     app.jinja_env.filters.update(
         number=number, counted=counted, plural=plural, when=when, dollars=dollars,
         day_field=day_field, worth=lambda credits: instance().worth(credits),
@@ -187,7 +190,7 @@ def plural(value: int, thing: str) -> str:
 
 def dollars(amount: Decimal) -> str:
     """Dollars to the hundredth of a cent, with at least the two places of a cent."""
-    rounded = f"{amount:,.4f}"
+    rounded = f"{amount:z,.4f}"
     return rounded[:-2] if rounded.endswith("00") else rounded
 
 
@@ -223,13 +226,21 @@ def field(name: str) -> str | None:
 
 def whole(name: str, least: int = 0) -> int | None:
     """A whole number of a form. Raises `validation_error`."""
-    text = (field(name) or "").replace(",", "").replace("−", "-")  # as `number` writes them
+    text = (field(name) or "").replace("−", "-")  # as `number` writes it
     if not text:
         return None
+    if _THOUSANDS.fullmatch(text):  # likewise
+        text = text.replace(",", "")
     if not re.fullmatch(r"[+-]?[0-9]{1,16}", text, re.ASCII) or int(text) < least:
         bounds = f" from {least} up" if least >= 0 else ""
         raise errors.invalid_body(f"“{text}” is not a whole number{bounds}.", name)
     return int(text)
+
+
+def once(kind: str) -> str:
+    """The id that a form carries, so that it makes its thing once however often it is sent."""
+    text = field("once") or ""
+    return text if re.fullmatch(rf"{kind}_[0-9a-f]{{24}}", text) else tokens.new_id(kind)
 
 
 def required(name: str, label: str) -> str:

@@ -22,6 +22,8 @@ blueprint.before_request(before)
 
 
 @blueprint.get("")
+@blueprint.get("/members")  # where the answers to forms are shown, and may be loaded again
+@blueprint.get("/password")
 @login_required
 def home() -> Response:
     return _home()
@@ -98,6 +100,7 @@ def invite() -> Response:
 @login_required
 def member_terms(member_id: str) -> BaseResponse:
     """A member's role and limit, to be looked at and changed."""
+    require_owner(seat())
     member = _member(member_id)
     if request.method != "POST":
         return show("dashboard/member.html", member=member, periods=keys.PERIODS)
@@ -120,6 +123,8 @@ def member_terms(member_id: str) -> BaseResponse:
 def remove_member(member_id: str) -> BaseResponse:
     """Remove a member, or take an invitation back. Whoever is no owner may remove themselves."""
     member = _member(member_id)
+    if member.user_id != seat().user_id:
+        require_owner(seat())
     if request.method != "POST":
         return show("dashboard/remove_member.html", member=member)
 

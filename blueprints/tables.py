@@ -45,7 +45,10 @@ def _text(rows: Iterable[Sequence[Cell]]) -> str:
 
 
 def _harmless(cell: Cell) -> Cell:
-    """A cell that no spreadsheet takes for a formula (OWASP, CSV injection)."""
+    """A cell as the API writes it, which no spreadsheet takes for a formula (OWASP, CSV
+    injection)."""
+    if isinstance(cell, bool):
+        return str(cell).lower()
     if isinstance(cell, str) and cell.startswith(_STARTS):
         return cell if _NUMBER.fullmatch(cell) else f"'{cell}"
     return cell

@@ -81,11 +81,14 @@ def named(
     return None if row is None else (row[0], _to_json(row[1:]))
 
 
-def ids_of_request(tx: Tx, request_id: str) -> list[str]:
-    """The ids of the calls a request id names: its own, or else all whose callers chose it."""
+def ids_of_request(tx: Tx, request_id: str, account_id: str | None = None) -> list[str]:
+    """The ids of the calls a request id names, of one account only, if given: its own, or else all
+    whose callers chose it."""
+    condition = "" if account_id is None else " AND account_id = :account"
     rows = tx.rows(
-        "SELECT id FROM call WHERE id = :request OR (request_id = :request AND request_id <> id)",
-        {"request": request_id},
+        "SELECT id FROM call WHERE (id = :request OR (request_id = :request AND request_id <> id))"
+        f"{condition}",
+        {"request": request_id} | ({} if account_id is None else {"account": account_id}),
     )
     found = [row[0] for row in rows]
     return [request_id] if request_id in found else found

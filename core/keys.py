@@ -188,17 +188,22 @@ class NewSecret:
 
 def add(
     tx: Tx, account_id: str, user_id: str | None, terms: Terms, secret: NewSecret, now: int,
-    by: Actor,
+    by: Actor, key_id: str | None = None,
 ) -> str:  # fmt: skip
-    """A new active key of an account; its id. Raises `validation_error` or `conflict`."""
+    """A new active key of an account; its id, which whoever sends a form twice names, so that it is
+    made once. Raises `validation_error` or `conflict`."""
     terms.check(now)
+    if tx.row("SELECT 1 FROM api_key WHERE id = :id", {"id": key_id}):
+        raise errors.Refusal(
+            "conflict", "That key was made a moment ago, and its secret shown then. Make another."
+        )
     count = tx.row(
         "SELECT COUNT(*) FROM api_key WHERE account_id = :account AND status <> 'revoked'",
         {"account": account_id},
     )
     if count is not None and count[0] >= MOST_KEYS:
         raise errors.Refusal("conflict", f"An account has at most {MOST_KEYS} keys.")
-    key_id = tokens.new_id("key")
+    key_id = key_id or tokens.new_id("key")
     tx.run(
         "INSERT INTO api_key (id, account_id, user_id, name, lookup, start, hash, scopes,"
         " expires_at, credit_limit, credit_period, rate_limit, created_at, number)"
@@ -465,10 +470,15 @@ def _side(by: Actor) -> str:
     return "operator" if by.is_operator else "owner"
 
 
-def rotate(tx: Tx, key_id: str, secret: NewSecret, grace_ms: int, now: int, by: Actor) -> None:
+def rotate(
+    tx: Tx, key_id: str, secret: NewSecret, grace_ms: int, now: int, by: Actor,
+    start: str | None = None,
+) -> None:  # fmt: skip
     """Give a key a new secret; the old one works for `grace_ms`, never past the key's expiry.
 
-    Raises `not_found`, `validation_error`, and `conflict` for a revoked or expired key.
+    `start` is how the secret begins that is to be replaced, so that whoever sends a form twice
+    rotates once. Raises `not_found`, `validation_error`, and `conflict` for a revoked or expired
+    key, or when another secret was there.
     """
     check_grace(grace_ms)
     key = get(tx, key_id)
@@ -481,17 +491,20 @@ def rotate(tx: Tx, key_id: str, secret: NewSecret, grace_ms: int, now: int, by: 
         " previous_until = CASE WHEN :until > :now THEN :until ELSE NULL END,"
         " previous_lookup = CASE WHEN :until > :now THEN lookup ELSE NULL END,"
         " hash = :hash, lookup = :lookup, start = :start"
-        " WHERE id = :id AND status IN ('active', 'suspended')"
+        " WHERE id = :id AND status IN ('active', 'suspended') AND start = :replaced"
         " AND (expires_at IS NULL OR expires_at > :now)",
         {
             "id": key_id,
             "hash": secret.hash,
             "lookup": secret.lookup,
             "start": secret.start,
+            "replaced": key.start if start is None else start,
             "until": until,
             "now": now,
         },
     )
+    if not changed and start not in (None, key.start):
+        raise errors.Refusal("conflict", "It was rotated a moment ago, and the secret shown then.")
     if not changed:
         raise errors.Refusal("conflict", f"The key is {key.status_at(now)}; it cannot rotate.")
     audit.note(tx, by, "key.rotated", now, key.account_id, key_id, grace_seconds=grace_ms // 1000)

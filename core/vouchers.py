@@ -50,13 +50,22 @@ class Voucher(NamedTuple):
         return "open" if self.cancelled_at is None else "cancelled"
 
 
-def make(tx: Tx, credits: int, count: int, note: str | None, now: int, by: Actor) -> list[str]:
+def make(
+    tx: Tx, credits: int, count: int, note: str | None, now: int, by: Actor,
+    first_id: str | None = None,
+) -> list[str]:  # fmt: skip
     """The codes of `count` new vouchers of `credits` each, which nobody can be told again.
 
-    Raises `validation_error` naming `credits`, `count` or `note`.
+    `first_id` is the id of the first of them, so that whoever sends a form twice makes them once.
+    Raises `validation_error` naming `credits`, `count` or `note`; `conflict` for the second time.
     """
     _check(credits, count, note)
+    if tx.row("SELECT 1 FROM voucher WHERE id = :id", {"id": first_id}):
+        raise errors.Refusal(
+            "conflict", "These were made before, and their codes shown then. Cancel them below."
+        )
     made = [(tokens.new_id("vch"), _new_code()) for _ in range(count)]
+    made[0] = (first_id or made[0][0], made[0][1])
     for voucher_id, code in made:
         tx.run(
             "INSERT INTO voucher (id, code_hash, number, credits, note, created_at, created_by)"

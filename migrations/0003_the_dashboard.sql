@@ -65,6 +65,9 @@ CREATE INDEX call_failed ON call (account_id, number) WHERE status = 'voided';
 DROP INDEX call_in_flight;
 CREATE INDEX call_in_flight ON call (account_id, incarnation) WHERE status = 'held';
 
+-- What came and went beside calls, for statements.
+CREATE INDEX entry_aside ON entry (account_id, number) WHERE kind <> 'capture';
+
 -- A code that whoever holds it turns into credits, once.
 CREATE TABLE voucher (
     id TEXT PRIMARY KEY,

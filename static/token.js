@@ -8,7 +8,8 @@ const card = document.getElementById("token-card");
 const token = document.getElementById("token");
 const left = document.getElementById("token-left");
 const news = document.getElementById("token-news");
-let expires = Number(card.dataset.expires);
+// By this browser’s own clock, which may be wrong; how long is left is not.
+let expires = Date.now() + Number(card.dataset.left);
 let renewing = false;
 let retryAt = 0;
 
@@ -47,13 +48,14 @@ async function renew() {
 function show(made) {
   const before = expires;
   token.textContent = made.token;
-  expires = Date.parse(made.expires_at);
-  document.getElementById("token-id").value = claims(made.token).jti;
+  const { jti, iat, exp } = claims(made.token);
+  expires = Date.now() + (exp - iat) * 1000;
+  document.getElementById("token-id").value = jti;
   const time = card.querySelector("time");
   time.dateTime = made.expires_at;
   time.textContent = `${made.expires_at.slice(0, 16).replace("T", " ")} UTC`;
   news.textContent = "Renewed; the one before goes on until its own end.";
-  if (expires <= before) retryAt = Infinity; // the sign-in itself ends then
+  if (expires <= before + 1000) retryAt = Infinity; // the sign-in itself ends then
 }
 
 function claims(jwt) {

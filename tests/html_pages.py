@@ -159,7 +159,7 @@ class Page:
         assert len(ids) == len(set(ids)), ids
         for node in self.root.walk():
             for name in ("for", "aria-labelledby", "aria-describedby"):
-                assert not node.get(name) or node.get(name) in ids, node.attributes
+                assert set((node.get(name) or "").split()) <= set(ids), node.attributes
             if node.tag in ("button", "a"):
                 assert node.name, node.attributes
             is_seen = node.get("type") != "hidden" and "hidden" not in node.attributes

@@ -510,6 +510,8 @@ def test_vouchers_are_made_shown_once_and_cancelled(box: Box, boss: Visit) -> No
     assert page.buttons(used) == []
     (left, *_) = [item for item in page.items() if "open fair" in item.text]
     page = boss.press(page, "Cancel", left)
+    assert "worth nothing from now on" in page.main.text
+    page = boss.press(page, "Cancel the voucher")
     assert page.done() and sum("cancelled fair" in item.text for item in page.items()) == 1
     for typed, told in (
         ({"credits": "0"}, "“0” is not a whole number from 1 up."),

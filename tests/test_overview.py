@@ -117,7 +117,7 @@ def test_tiles_picture_and_rankings_are_what_the_calls_come_to(box: Box, hand: C
     query = f"from={days[0]}"
     for by, first, name in (("member", "Person", "user_id"), ("route", "Route", "route")):
         rows = box.get(f"/api/v1/usage/summary?by={by}&{query}", token).json()["data"]
-        names = {None: "Keys that belong to nobody"} | {
+        names = {None: "Keys without an owner"} | {
             row[by]: row[by] for row in rows if row[by] is not None
         }
         for person in (email, guest):

@@ -145,7 +145,8 @@ def may_see(role: str, rule: str) -> int:
     is_inside = role in ("member", "second", "owner")
     if "<" in rule and not is_inside:
         return 404
-    return 403 if "<key_id>" in rule and role == "member" else 200
+    owners = "<key_id>" in rule or "<member_id>" in rule
+    return 403 if owners and role == "member" else 200
 
 
 def test_everybody_sees_what_is_theirs(box: Box, home: House, operator: Person) -> None:

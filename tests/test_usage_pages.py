@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -282,7 +283,10 @@ def test_the_file_is_the_apis_rows_however_many(
             form = page.main.one("form", action=USAGE).fields()
             expected = world.passing(form["from"], form["to"], asked.get("key", ""))
             assert file == [
-                {name: "" if value is None else str(value) for name, value in call.items()}
+                {
+                    name: "" if value is None else json.dumps(value).strip('"')
+                    for name, value in call.items()
+                }
                 for call in expected
             ]
     assert world.me.sheet(f"{USAGE}.csv?from=2027-06-01&to=2027-06-02") == []

@@ -11,8 +11,11 @@ NPM := $(patsubst %,tests/%/node_modules/.package-lock.json,openid axe)
 run: .venv/installed ## install, set up and serve in the foreground
 	@exec $(BIN)/gunicorn -c gunicorn.conf.py
 
+# A file's tests share instances, so it stays in one of the two processes.
+IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: .venv/dev-installed $(NPM) ## every test that can run here
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(IN_TWO)
 
 check: .venv/dev-installed ## format, lint, types, as CI does
 	@$(BIN)/ruff format --check .

@@ -24,7 +24,8 @@ What `Upstream` does is chosen by the request's path, so one server serves every
     /huge-headers/<bytes>         one header of that size
     /many-headers/<n>             n headers
     /nul-header                   a NUL inside a header value
-    /extra-bytes                  more body than Content-Length says, on a connection kept open
+    /extra-bytes                  more body than Content-Length says, on a connection kept open;
+                                  opens the gate `spilt` once it is sent
     /bad-length/<text>            Content-Length: <text>
     /two-lengths                  two Content-Length headers that disagree
     /interim                      100 and 103 before the 200
@@ -588,7 +589,10 @@ def _nul_header(server: Upstream, exchange: Exchange) -> None:
 def _extra_bytes(server: Upstream, exchange: Exchange) -> None:
     # Whoever reuses this connection without noticing would take the rest for the next answer.
     exchange.answer(200, b'{"mine": true}')
-    exchange.send(b'HTTP/1.1 200 OK\r\nContent-Length: 17\r\n\r\n{"stolen": true}\n')
+    try:
+        exchange.send(b'HTTP/1.1 200 OK\r\nContent-Length: 17\r\n\r\n{"stolen": true}\n')
+    finally:
+        server.gate("spilt").let()
 
 
 @behaviour("bad-length")

@@ -276,9 +276,10 @@ def test_interim_answers_are_not_the_answer(payer: Payer) -> None:
     assert payer.charged() == PRICE
 
 
-def test_the_rest_of_one_answer_is_never_the_next_one(payer: Payer) -> None:
+def test_the_rest_of_one_answer_is_never_the_next_one(payer: Payer, upstream: Upstream) -> None:
     for turn in range(20):
         first = payer.box.get(f"{FLAT}/double/extra-bytes", payer.key)
+        assert upstream.gate("spilt").wait(lambda: True)  # what comes later nobody can know
         second = payer.box.get(f"{FLAT}/double/ok/after-{turn}", payer.key)
         assert b"stolen" not in first.body + second.body
         if first.status == 200:

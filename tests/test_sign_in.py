@@ -952,7 +952,7 @@ def test_a_cookie_gets_a_token_only_with_a_form_token(box: Box) -> None:
     ("bearer", "code"),
     [
         ("Bearer eyJ.x.y", "invalid_token"),
-        (f"Bearer {STRANGERS_KEY}", "invalid_api_key"),
+        pytest.param(f"Bearer {STRANGERS_KEY}", "invalid_api_key", id="a key"),
         ("Bearer ", "invalid_api_key"),
         ("Bearer nonsense", "invalid_api_key"),
         ("Basic eDp5", "missing_api_key"),

@@ -290,10 +290,14 @@ class Database:
                 connection.close()
 
     def close(self) -> None:
-        """Close what this process opened; for short-lived processes and tests."""
+        """Close what this process opened; for short-lived processes and tests. Once: a descriptor
+        that is closed again may be somebody else's by then, the database file's of another."""
+        if self._lock < 0:
+            return
         if self._writer is not None:
             self._writer.close()
         os.close(self._lock)
+        self._lock = -1
 
     def _connect(self) -> apsw.Connection:
         created = not self.path.exists()

@@ -920,3 +920,15 @@ def test_a_database_that_is_gone_is_trouble_and_not_a_wrong_answer(tmp_path: Pat
     refused("storage_unavailable", lambda: database.row("SELECT 1 FROM account"))
     refused("storage_unavailable", lambda: database.write(count_up))
     database.close()
+
+
+def test_a_database_that_is_closed_twice_closes_nobody_elses_file(tmp_path: Path) -> None:
+    database = Database(tmp_path / "closed.db")
+    database.write(lambda tx: tx.run("CREATE TABLE t (x)"))
+    database.close()
+    # Whoever opens files now gets the lowest numbers there are, those just closed among them.
+    others = [os.open(tmp_path / str(number), os.O_CREAT | os.O_RDWR) for number in range(20)]
+    database.close()
+    for descriptor in others:
+        assert os.write(descriptor, b"still mine") == 10
+        os.close(descriptor)

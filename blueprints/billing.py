@@ -69,7 +69,7 @@ def _home(problem: Refusal | None = None, issued: Issued | None = None) -> Respo
     return show(
         "dashboard/billing.html", problem=problem, issued=issued,
         keys=shown, now=now, older=shown[-1].number if len(listed) > len(shown) else None,
-        scopes=_scopes(), periods=keys.PERIODS,
+        scopes=_scopes(),
         entries=[entry for _, entry in entries], words=KINDS, month=f"{month_of(None):%Y-%m}",
     )  # fmt: skip
 
@@ -174,7 +174,7 @@ def _one(key: Key, problem: Refusal | None = None) -> Response:
     return show(
         "dashboard/key.html", problem=problem, key=key, now=now, is_now=key.status_at(now),
         expires=_day(key.expires_at),
-        scopes=sorted({*_scopes(), *(key.scopes or ())}), periods=keys.PERIODS,
+        scopes=sorted({*_scopes(), *(key.scopes or ())}),
     )  # fmt: skip
 
 

@@ -36,7 +36,7 @@ def _home(problem: Refusal | None = None) -> Response:
         return show(
             "dashboard/settings.html", problem=problem, here=me.session, now=now,
             key=next((key for key in mine if key.status_at(now) == "active"), None),
-            members=members.of_account(tx, who.account_id), periods=keys.PERIODS,
+            members=members.of_account(tx, who.account_id),
             sessions=sessions.of_user(tx, who.user_id, now),
             identities=users.identities_of(tx, who.user_id),
             has_password=users.has_password(tx, who.user_id),
@@ -103,7 +103,7 @@ def member_terms(member_id: str) -> BaseResponse:
     require_owner(seat())
     member = _member(member_id)
     if request.method != "POST":
-        return show("dashboard/member.html", member=member, periods=keys.PERIODS)
+        return show("dashboard/member.html", member=member)
 
     def work(tx: Tx, who: Seat, by: Actor, now: int) -> Member:
         require_owner(who)
@@ -113,7 +113,7 @@ def member_terms(member_id: str) -> BaseResponse:
         terms = _terms()
         act(work)
     except Refusal as refusal:
-        return show("dashboard/member.html", problem=refusal, member=member, periods=keys.PERIODS)
+        return show("dashboard/member.html", problem=refusal, member=member)
     flash(f"Changed {member.email or member.user_id}.")
     return redirect("/dashboard/settings", 303)
 

@@ -17,13 +17,12 @@ class AccountRow(NamedTuple):
     open_calls: int
     created_at: int
     owner: str | None  # an e-mail, or an id
-    owner_status: str | None
     spent: int
 
 
 _COLUMNS = (
     "a.id, a.status, a.status_reason, a.balance, a.held, a.open_calls, a.created_at,"
-    " COALESCE(u.email, u.id), u.status,"
+    " COALESCE(u.email, u.id),"
     " (SELECT COALESCE(SUM(d.captured), 0) FROM call_day d"
     " WHERE d.account_id = a.id AND d.day >= :day)"
     " FROM account a LEFT JOIN user u ON u.account_id = a.id"

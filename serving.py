@@ -8,7 +8,7 @@ from typing import Any
 
 from gunicorn import glogging
 from gunicorn.http.errors import ParseException
-from gunicorn.workers import gthread
+from gunicorn.workers import base, gthread
 
 from core import errors, tokens
 
@@ -50,13 +50,13 @@ class Worker(gthread.ThreadWorker):
     def handle_quit(self, sig: Any, frame: Any) -> None:
         """Stop at once, once.
 
-        Ctrl-C reaches a worker twice, from the terminal and from the master. The second signal may
-        interrupt the handler of the first while it holds the thread pool's lock, which it would
-        then wait for itself.
+        Ctrl-C reaches a worker twice, from the terminal and from the master. The threaded worker's
+        own handler asks the thread pool to stop, and so waits for a lock that the code it
+        interrupts may hold: it hands requests to the pool. The pool ends with the interpreter.
         """
         if not self._quitting:
             self._quitting = True
-            super().handle_quit(sig, frame)
+            base.Worker.handle_quit(self, sig, frame)
 
     def handle_error(self, req: Any, client: socket.socket, addr: Any, exc: BaseException) -> None:
         """Refuse what is not HTTP, in JSON; gunicorn's own page repeats what was sent."""

@@ -6,6 +6,8 @@ import contextlib
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -155,3 +157,31 @@ def test_signals_that_overtake_each_other_still_end_a_worker() -> None:
                 break
         until(lambda: worker not in box.workers(), 10, "the worker's end")
         until(box.healthy, 10, "its successor")
+
+
+QUIT_IN_SUBMIT = """
+import os, signal, threading
+from concurrent.futures import ThreadPoolExecutor
+from gunicorn.config import Config
+import serving
+
+worker = serving.Worker(1, os.getpid(), [], None, 30, Config(), None)
+worker.tpool = ThreadPoolExecutor(1)
+signal.signal(signal.SIGQUIT, worker.handle_quit)
+start = threading.Thread.start
+
+def interrupted(thread):
+    os.kill(os.getpid(), signal.SIGQUIT)
+    start(thread)
+
+threading.Thread.start = interrupted  # the pool does so in submit, holding its lock
+worker.tpool.submit(print)
+print("went on")
+"""
+
+
+def test_a_worker_told_to_quit_while_it_hands_on_a_request_does_so() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", QUIT_IN_SUBMIT], timeout=30, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")

@@ -17,6 +17,7 @@ from blueprints import (
     docs,
     health,
     keys,
+    llm_models,
     members,
     oidc,
     pages,
@@ -55,8 +56,8 @@ def create_app(settings: Settings | None = None) -> Flask:
 
     app.before_request(_check_host)
     app.before_request(_preflight)
-    for module in (credits, keys, members, session_tokens, audit, health, docs, auth, oidc,
-                   dashboard, billing, usage, settings_pages, admin):  # fmt: skip
+    for module in (credits, llm_models, keys, members, session_tokens, audit, health, docs, auth,
+                   oidc, dashboard, billing, usage, settings_pages, admin):  # fmt: skip
         app.register_blueprint(module.blueprint)
     visitors.register(app)
     pages.register(app)

@@ -31,12 +31,14 @@ from core import (
 )  # fmt: skip
 from core import backup as backups
 from core.adapters import Inbound
+from core.adapters.llm.request import Wish
 from core.audit import COMMAND_LINE
 from core.errors import Refusal
 from core.gateway import ADAPTERS
 from core.instance import Instance
 from core.keys import NewSecret, Terms
 from core.sessions import Origin
+from core.tariff import Model
 from models import Tx
 
 
@@ -603,14 +605,37 @@ def price(route_path: str, method: str | None, body: Any) -> None:
     route = instance().catalog.match(chosen, route_path)
     content = body.read() if body else b""
     inbound = Inbound(chosen, route_path, "", {}, content, "price")
+    if route.models and body is None:
+        for model in route.models.values():
+            click.echo(f"{model.id}  {_rates(model)}")
+        return
     order = ADAPTERS[route.adapter].order(route, inbound)
     usd = instance().settings.usd_per_credit
-    held = route.price(order.units)
-    least = route.price(1) if route.per == "unit" else held
-    click.echo(f"route     {chosen} {route.path} per {route.per}, {route.credits} credits")
-    click.echo(f"units     {order.units}")
-    click.echo(f"holds     {held} credits (${usd * held:f})")
-    captured = f"{held}" if least == held else f"{least} to {held}"
+    if order.model is None:
+        terms = [f"per {route.per}, {route.credits} credits", f"units     {order.units}"]
+        least = route.price(1) if route.per == "unit" else order.price
+        cost = route.cost(order.units)
+    else:
+        wish: Wish = order.details
+        tokens = f"{wish.input_tokens} in, {wish.output_tokens} out"
+        terms = [f"{order.model}, {_rates(wish.model)}", f"tokens    at most {tokens}"]
+        least = wish.model.price(0, 0)
+        cost = wish.model.cost(wish.output_tokens, wish.input_tokens)
+    click.echo(f"route     {chosen} {route.path} " + "\n".join(terms))
+    click.echo(f"holds     {order.price} credits (${usd * order.price:f})")
+    captured = f"{order.price}" if least == order.price else f"{least} to {order.price}"
     click.echo(f"captures  {captured} credits on success, nothing on failure")
-    cost = route.cost(order.units)
     click.echo(f"costs you {'$' + cost if cost else 'unknown (no cost_usd)'}")
+
+
+def _rates(model: Model) -> str:
+    """A model's price in words."""
+    section = model.section
+    words = [f"{section.credits_per_request} credits a request"]
+    if model.output_rate:
+        beyond = section.included_output_tokens
+        after = f" beyond {beyond}" if beyond else ""
+        words.append(f"{section.credits_per_1k_tokens} per 1,000 output tokens{after}")
+    if model.input_rate:
+        words.append(f"{section.credits_per_1k_input_tokens} per 1,000 input tokens")
+    return ", ".join(words)

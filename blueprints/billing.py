@@ -29,7 +29,18 @@ from blueprints.pages import (
 from blueprints.rendering import client_address, instance
 from blueprints.tables import Cell, csv_response
 from blueprints.visitors import visitor
-from core import access, clock, daily, errors, examples, keys, ledger, session_tokens, vouchers
+from core import (
+    access,
+    clock,
+    daily,
+    errors,
+    examples,
+    keys,
+    ledger,
+    scopes,
+    session_tokens,
+    vouchers,
+)
 from core.audit import Actor
 from core.errors import Refusal
 from core.instance import Instance
@@ -276,7 +287,7 @@ def _secret(key: Key, secret: NewSecret, title: str) -> Response:
     example = examples.first_for(routes, key.scopes)
     return show(
         "dashboard/secret.html", title=title, key=key, secret=secret.token,
-        curl=example and examples.curl(base, example, secret.token),
+        curl=example and examples.curl(base, example, secret.token, key.scopes),
         speaks_openai=any(route.path.startswith("/v1/") for route in routes),
     )  # fmt: skip
 
@@ -293,16 +304,19 @@ def _owned(key_id: str) -> Key:
 def _terms() -> Terms:
     """The terms a form asks for. Raises `validation_error`."""
     limit, period = whole("credit_limit"), field("credit_period")
-    scopes = request.form.getlist("scopes") if field("restricted") else None
+    chosen = request.form.getlist("scopes") if field("restricted") else None
     return Terms(
-        required("name", "A name"), scopes, moment(field("expires"), "expires"),
+        required("name", "A name"), chosen, moment(field("expires"), "expires"),
         limit, period if limit is not None else None, whole("rate_limit"),
     )  # fmt: skip
 
 
 def _scopes() -> list[str]:
-    """The scopes that some route asks for."""
-    return sorted({route.scope for route in instance().catalog.routes if route.scope is not None})
+    """The scopes that some route asks for, and those that name a model."""
+    catalog = instance().catalog
+    of_routes = {route.scope for route in catalog.routes if route.scope is not None}
+    of_models = {f"{scopes.MODEL}{model}" for model in catalog.models}
+    return sorted(of_routes | {scope for scope in of_models if keys.is_scope(scope)})
 
 
 # The session token

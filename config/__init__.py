@@ -26,6 +26,7 @@ from config.sections import (
     IssuerSection,
     LimitsSection,
     Method,
+    ModelSection,
     OidcSection,
     RouteSection,
     Section,
@@ -42,6 +43,7 @@ __all__ = [
     "InstanceSection",
     "IssuerSection",
     "LimitsSection",
+    "ModelSection",
     "OidcSection",
     "RouteSection",
     "Settings",
@@ -75,6 +77,8 @@ class Settings:
     instance: InstanceSection
     upstreams: dict[str, UpstreamSection]
     routes: list[RouteSection]
+    models: list[ModelSection]
+    configured_at: int  # when the file was last changed, in seconds
     limits: LimitsSection
     issuers: list[IssuerSection]
     issuer_pems: dict[str, str]  # `iss` → the text of its pem_file, of issuers that have one
@@ -163,6 +167,8 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         instance=file.instance,
         upstreams=file.upstreams,
         routes=file.routes,
+        models=file.models,
+        configured_at=int((folder / FILE_NAME).stat().st_mtime),
         limits=file.limits,
         issuers=file.issuers,
         issuer_pems=issuer_pems,
@@ -260,7 +266,7 @@ def _explain(message: str, at: str) -> str:
 def _choices() -> dict[str, tuple[str, ...]]:
     """The values a key may have, for keys that are one of a few."""
     found: dict[str, tuple[str, ...]] = {"methods": get_args(Method)}
-    for section in (InstanceSection, UpstreamSection, UnitsSection, RouteSection):
+    for section in (InstanceSection, UpstreamSection, UnitsSection, RouteSection, ModelSection):
         hints = get_type_hints(section)
         for field in msgspec.structs.fields(section):
             for hint in (hints[field.name], *get_args(hints[field.name])):

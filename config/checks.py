@@ -12,6 +12,7 @@ from config.sections import (
     WELL_KNOWN,
     File,
     IssuerSection,
+    ModelSection,
     OidcSection,
     RouteSection,
     SmtpSection,
@@ -48,6 +49,9 @@ _OURS = frozenset(
 )  # fmt: skip
 _OUR_PREFIXES = ("access-control-", "payment-", "x-credits-", "x-payment", "x-ratelimit-")
 
+_OF_MODELS = ("openai", "sandbox")  # kinds of upstream that serve language models
+_DEAREST_RATE = 10**6  # credits for 1,000 tokens: the largest answer is within what accounts hold
+
 _HOST = r"[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9_])?|[0-9a-fA-F:]+"
 # One character of a user or password in a URL, as itself or percent-encoded, printable ASCII.
 _ESCAPED = r"(?:%[2-6][0-9A-Fa-f]|%7[0-9A-Ea-e]|[A-Za-z0-9._~!$&'()*+,;=-])"
@@ -75,6 +79,7 @@ def check(file: File) -> None:
             if (route.path, method) in taken:
                 fail(f"{at}.path", f"{method} {route.path} is already {taken[route.path, method]}")
             taken[route.path, method] = at
+    _check_models(file)
     _check_issuers(file.issuers)
     for name, section in file.oidc.items():
         _check_oidc(name, section)
@@ -93,11 +98,13 @@ def _check_upstream(at: str, upstream: UpstreamSection) -> None:
     takes = {
         "sandbox": set(),
         "http": {"base_url", "headers", "forward_headers", "return_headers"},
+        "openai": {"base_url", "headers", "forward_headers", "return_headers"},
         "twilio": {"base_url", "account_sid", "auth_token", "from_"},
     }[upstream.kind]
     needs = {
         "sandbox": set(),
         "http": {"base_url"},
+        "openai": {"base_url"},
         "twilio": {"account_sid", "auth_token", "from_"},
     }[upstream.kind]
     for field in msgspec.structs.fields(UpstreamSection):
@@ -151,10 +158,61 @@ def _check_route(at: str, route: RouteSection, upstreams: dict[str, UpstreamSect
         _check_decimal(f"{at}.cost_usd", route.cost_usd)
     _check_units(at, route)
     kind = upstreams[route.upstream].kind
+    if route.priced_by_model:
+        _check_model_route(at, route, kind)
+    elif route.credits is None:
+        fail(f"{at}.credits", "required, and missing")
     if route.adapter == "sms" and route.methods != ["POST"]:
         fail(f"{at}.methods", 'the sms adapter speaks ["POST"] alone')
     if route.adapter != "sms" and kind == "twilio":
         fail(f"{at}.adapter", 'an upstream of kind "twilio" needs adapter = "sms"')
+
+
+def _check_model_route(at: str, route: RouteSection, kind: str) -> None:
+    adapter = f'adapter = "{route.adapter}"'
+    for key in ("credits", "cost_usd"):
+        if getattr(route, key) is not None:
+            fail(f"{at}.{key}", f"{adapter} is priced by [[models]]")
+    if route.path.endswith("/*"):
+        fail(f"{at}.path", f"{adapter} needs an exact path")
+    if route.methods != ["POST"]:
+        fail(f"{at}.methods", f'{adapter} speaks ["POST"] alone')
+    if kind not in _OF_MODELS:
+        fail(f"{at}.upstream", f'{adapter} needs an upstream of kind "openai" or "sandbox"')
+
+
+def _check_models(file: File) -> None:
+    serving = [route for route in file.routes if route.priced_by_model]
+    for number, route in enumerate(file.routes):
+        if route in serving and not file.models:
+            fail(f"$.routes[{number}]", f'adapter = "{route.adapter}" needs [[models]]')
+    taken: dict[str, str] = {}
+    for number, model in enumerate(file.models):
+        at = f"$.models[{number}]"
+        if model.id in taken:
+            fail(f"{at}.id", f"{model.id} is already {taken[model.id]}")
+        taken[model.id] = at
+        _check_model(at, model, file.upstreams)
+        firsts = {model.upstream or route.upstream for route in serving}
+        if model.fallback is not None and model.fallback in firsts:
+            fail(f"{at}.fallback", "expected an upstream other than the first")
+
+
+def _check_model(at: str, model: ModelSection, upstreams: dict[str, UpstreamSection]) -> None:
+    for key in ("upstream", "fallback"):
+        name = getattr(model, key)
+        if name is not None and name not in upstreams:
+            fail(f"{at}.{key}", f"no [upstreams.{name}] is defined")
+        if name is not None and upstreams[name].kind not in _OF_MODELS:
+            fail(f"{at}.{key}", 'expected an upstream of kind "openai" or "sandbox"')
+    for key in ("credits_per_1k_tokens", "credits_per_1k_input_tokens"):
+        text = str(getattr(model, key))
+        _check_decimal(f"{at}.{key}", text)
+        if Decimal(text) > _DEAREST_RATE:
+            fail(f"{at}.{key}", f"expected at most {_DEAREST_RATE}")
+    for key in ("cost_usd_per_1m_input", "cost_usd_per_1m_output"):
+        if getattr(model, key) is not None:
+            _check_decimal(f"{at}.{key}", getattr(model, key))
 
 
 def _check_units(at: str, route: RouteSection) -> None:

@@ -14,6 +14,7 @@ Credits = Annotated[int, msgspec.Meta(ge=0, le=10**9)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Bytes = Annotated[int, msgspec.Meta(ge=1, le=64 * 1024 * 1024)]
 Text = Annotated[str, msgspec.Meta(min_length=1)]
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=10**8)]
 Method = Literal["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"]
 
 
@@ -33,7 +34,7 @@ class InstanceSection(Section, frozen=True):
 class UpstreamSection(Section, frozen=True):
     """One upstream; which keys it takes depends on its kind, checked in `checks.py`."""
 
-    kind: Literal["sandbox", "http", "twilio"]
+    kind: Literal["sandbox", "http", "openai", "twilio"]
     base_url: str | None = None
     headers: dict[str, str] = {}
     forward_headers: list[str] = []
@@ -58,8 +59,8 @@ class RouteSection(Section, frozen=True):
     path: str
     methods: Annotated[list[Method], msgspec.Meta(min_length=1)]
     upstream: str
-    credits: Credits
-    adapter: Literal["forward", "sms"] = "forward"
+    credits: Credits | None = None  # required, but where [[models]] say the price
+    adapter: Literal["forward", "sms", "chat", "completions", "embeddings"] = "forward"
     upstream_path: str | None = None
     scope: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9][A-Za-z0-9._:/-]{0,99}\Z")] | None = None
     per: Literal["call", "sms_segment", "unit"] = "call"
@@ -68,6 +69,32 @@ class RouteSection(Section, frozen=True):
     x402: bool = False
     cost_usd: str | None = None
     body_bytes: Bytes | None = None
+
+    @property
+    def priced_by_model(self) -> bool:
+        """Whether the body names a model, which says the price."""
+        return self.adapter in ("chat", "completions", "embeddings")
+
+
+class ModelSection(Section, frozen=True):
+    """A language model, as callers name it, and its price. Rates are whole numbers or decimals."""
+
+    id: Annotated[str, msgspec.Meta(pattern=r"^[\x21-\x7e]{1,200}\Z")]
+    credits_per_request: Credits
+    upstream: str | None = None
+    fallback: str | None = None
+    upstream_model: Annotated[str, msgspec.Meta(pattern=r"^[\x20-\x7e]{1,200}\Z")] | None = None
+    owned_by: Text = "farebox"
+    tier: Text = "standard"
+    included_output_tokens: Tokens = 0
+    credits_per_1k_tokens: int | str = 0
+    credits_per_1k_input_tokens: int | str = 0
+    max_output_tokens: Annotated[int, msgspec.Meta(ge=1, le=10**7)] = 4096
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    context_window: Tokens | None = None
+    parameters: Text | None = None
+    cost_usd_per_1m_input: str | None = None
+    cost_usd_per_1m_output: str | None = None
 
 
 class LimitsSection(Section, frozen=True):
@@ -143,6 +170,7 @@ class File(Section, frozen=True):
     instance: InstanceSection = InstanceSection()
     upstreams: dict[str, UpstreamSection] = {}
     routes: list[RouteSection] = []
+    models: list[ModelSection] = []
     limits: LimitsSection = LimitsSection()
     issuers: list[IssuerSection] = []
     oidc: dict[str, OidcSection] = {}

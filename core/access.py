@@ -9,8 +9,21 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from core import audit, clock, errors, issuers, jose, keys, limits, members, session_tokens, tokens
+from core import (
+    audit,
+    clock,
+    errors,
+    issuers,
+    jose,
+    keys,
+    limits,
+    members,
+    scopes,
+    session_tokens,
+    tokens,
+)
 from core.audit import Actor
+from core.catalog import Route
 from core.instance import Instance
 from core.issuers import Outsider
 from core.keys import Key
@@ -182,16 +195,20 @@ def _verify(instance: Instance, token: str, stored: str, guesser: str, now: int)
         raise errors.invalid_api_key()
 
 
-def authorize(principal: Principal, scope: str | None) -> None:
-    """Raises `missing_scope` when a key's scopes leave this route out.
+def authorize(principal: Principal, route: Route) -> None:
+    """Raises `missing_scope` when a key's scopes leave this route out."""
+    if not scopes.allow_route(principal.scopes, route):
+        raise _missing_scope(route.scope or "*")
 
-    Scopes of None mean every paid route, an empty list none. A route without a scope of its own
-    is open only to keys that are not restricted.
-    """
-    if principal.scopes is None or (scope is not None and scope in principal.scopes):
-        return
-    required = scope or "*"
-    raise errors.Refusal(
+
+def authorize_model(principal: Principal, model_id: str) -> None:
+    """Raises `missing_scope` when a key's scopes leave this model out."""
+    if not scopes.allow_model(principal.scopes, model_id):
+        raise _missing_scope(f"{scopes.MODEL}{model_id}")
+
+
+def _missing_scope(required: str) -> errors.Refusal:
+    return errors.Refusal(
         "missing_scope", f"This key lacks the scope {required}.", fields={"required": required}
     )
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from core import idempotency, keys, ledger, limits
 from core.access import Principal
-from core.adapters import Inbound
+from core.adapters import Inbound, Order
 from core.errors import Refusal
 from core.idempotency import Stored
 from core.ledger import NewCall, Standing
@@ -21,14 +21,15 @@ class Admission(NamedTuple):
     held: bool = False
     stored: Stored | None = None
     refusal: Refusal | None = None
+    order: Order | None = None  # what was held for, which may be less than was asked for
 
 
 def admit(
-    tx: Tx, principal: Principal, call: NewCall, fault: Refusal | None, inbound: Inbound,
+    tx: Tx, principal: Principal, call: NewCall, order: Order | Refusal, inbound: Inbound,
     most_calls: int,
 ) -> Admission:  # fmt: skip
     """Count the attempt, look for a stored answer, spend the limit, hold the credits: in the order
-    in which the contract says what wins. `fault` is what was wrong with the body, if anything.
+    in which the contract says what wins. In place of an order there may be what was wrong with it.
 
     A refusal is returned and not raised, so that the attempt stays counted.
     """
@@ -40,8 +41,8 @@ def admit(
             return Admission(rate, refusal=rate.refusal())
     if principal.key is not None:
         keys.note_use(tx, principal.key, now)
-    if fault is not None:
-        return Admission(rate, refusal=fault)
+    if isinstance(order, Refusal):
+        return Admission(rate, refusal=order)
     fingerprint = b""
     if call.idempotency_key is not None:
         fingerprint = idempotency.fingerprint(
@@ -52,6 +53,9 @@ def admit(
             return Admission(rate, refusal=found)
         if found is not None:
             return Admission(rate, ledger.standing(tx, call.account_id), stored=found)
+    if order.fit is not None and principal.pays:
+        order = order.fit(_spendable(tx, principal, call))
+        call = call._replace(units=order.units, price=order.price, held=order.price)
     counted = _count(tx, principal, call)
     if isinstance(counted, Refusal):
         return Admission(rate, refusal=counted)
@@ -63,7 +67,16 @@ def admit(
         return Admission(rate, refusal=why)
     if call.idempotency_key is not None:
         idempotency.claim(tx, call.account_id, call.idempotency_key, fingerprint, call.id, now)
-    return Admission(rate, held, held=True)
+    return Admission(rate, held, held=True, order=order)
+
+
+def _spendable(tx: Tx, principal: Principal, call: NewCall) -> int:
+    """The most a call may hold: what the account, the key and the member have left."""
+    found = [ledger.standing(tx, call.account_id).available]
+    for limit in (principal.limit, principal.member_limit):
+        if limit is not None:
+            found.append(limits.left(tx, limit, call.created_at))
+    return min(found)
 
 
 def _count(tx: Tx, principal: Principal, call: NewCall) -> tuple[int | None, int | None] | Refusal:

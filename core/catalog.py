@@ -1,13 +1,16 @@
 """Routes and prices: match a request, say what it would cost."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal
 
 from config import RouteSection, Settings, UnitsSection, UpstreamSection
 from core import errors, strict_json
+from core.tariff import Model
 
 MIB = 1024 * 1024
+_MODELS_BODY_BYTES = 20 * MIB  # images come in the body
 # What may follow a wildcard. Dot segments, encoded separators and empty segments could reach
 # another path upstream than the one that was priced.
 _SAFE_SUFFIX = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=:%/-]*", re.ASCII)
@@ -39,6 +42,7 @@ class Route:
     dialect: str
     cost_usd: Decimal | None
     body_bytes: int
+    models: Mapping[str, Model] = field(default_factory=dict)  # by id, where they say the price
 
     @property
     def most_units(self) -> int:
@@ -65,9 +69,16 @@ class Route:
             return self.upstream_path[:-1] + suffix
         return self.upstream_path
 
-    def url(self, path: str) -> str:
-        """Where a request's path goes, without its query. Raises as `target` does."""
-        return (self.upstream.base_url or "http://sandbox").rstrip("/") + self.target(path)
+    def url(self, path: str, upstream: UpstreamSection | None = None) -> str:
+        """Where a request's path goes, to the route's upstream or another, without its query.
+
+        Raises as `target` does.
+        """
+        upstream = upstream or self.upstream
+        target = self.target(path)
+        if upstream.kind == "openai":
+            target = target.removeprefix("/v1")  # its base URL ends in the version
+        return (upstream.base_url or "http://sandbox").rstrip("/") + target
 
     def price(self, units: int) -> int:
         """What so many units cost, in credits."""
@@ -86,6 +97,8 @@ class Catalog:
         self._wild: list[tuple[str, dict[str, Route]]] = []
         wild: dict[str, dict[str, Route]] = {}
         self.routes = [_route(section, settings) for section in settings.routes]
+        # Every route that has models has them all.
+        self.models = next((route.models for route in self.routes if route.models), {})
         for route in self.routes:
             table = wild if route.path.endswith("/*") else self._exact
             by_method = table.setdefault(route.path.removesuffix("*"), {})
@@ -127,13 +140,25 @@ def _route(section: RouteSection, settings: Settings) -> Route:
         upstream_path=section.upstream_path or section.path,
         adapter=section.adapter,
         scope=section.scope,
-        credits=section.credits,
+        credits=section.credits or 0,
         per=section.per,
         units=section.units,
         dialect=section.dialect or errors.dialect_of(section.path),
         cost_usd=None if section.cost_usd is None else Decimal(section.cost_usd),
-        body_bytes=section.body_bytes or settings.limits.body_bytes,
+        body_bytes=section.body_bytes
+        or (_MODELS_BODY_BYTES if section.priced_by_model else settings.limits.body_bytes),
+        models=_models(section.upstream, settings) if section.priced_by_model else {},
     )
+
+
+def _models(first: str, settings: Settings) -> dict[str, Model]:
+    """What a route of such an upstream serves, in the order of the file."""
+    found = {}
+    for section in settings.models:
+        names = [section.upstream or first, *filter(None, [section.fallback])]
+        upstreams = tuple(settings.upstreams[name] for name in names)
+        found[section.id] = Model.of(section, upstreams)
+    return found
 
 
 def units_in_json(units: UnitsSection, body: bytes) -> int | None:

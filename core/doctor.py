@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import NamedTuple
 
 import apsw
@@ -37,6 +38,7 @@ def examine(instance: Instance) -> Iterator[Finding]:
             yield Finding("bad" if problem else "ok", f"upstream {name}: {problem or 'reachable'}")
     yield from _people(settings)
     used = {route.upstream for route in settings.routes}
+    used |= {name for model in settings.models for name in (model.upstream, model.fallback) if name}
     for name in sorted(set(settings.upstreams) - used):
         yield Finding("warn", f"upstream {name}: no route uses it")
     for route in instance.catalog.routes:
@@ -45,6 +47,27 @@ def examine(instance: Instance) -> Iterator[Finding]:
             yield Finding(
                 "warn", f"price {route.path}: costs ${route.cost_usd:f}, brings ${earned:f}"
             )
+    yield from _models(instance)
+
+
+def _models(instance: Instance) -> Iterator[Finding]:
+    """Models that nothing serves, and those whose calls cost more than they bring: the smallest
+    call, the longest answer, and that to the longest question."""
+    for section in instance.settings.models:
+        if section.id not in instance.catalog.models:
+            yield Finding("warn", f"model {section.id}: no route serves it")
+    for model in instance.catalog.models.values():
+        most, window = model.section.max_output_tokens, model.section.context_window or 0
+        for output, sent in ((1, 1), (most, 1), (most, max(1, window - most))):
+            earned = instance.settings.usd_per_credit * model.price(output, sent)
+            cost = model.cost(output, sent)
+            if cost is not None and Decimal(cost) > earned:
+                yield Finding(
+                    "warn",
+                    f"price of {model.id}: {sent} tokens in and {output} out cost ${cost},"
+                    f" bring ${earned:f}",
+                )
+                break
 
 
 def _people(settings: Settings) -> Iterator[Finding]:

@@ -38,6 +38,7 @@ KINDS: dict[str, Kind] = {
     "missing_scope": Kind(403, _PERMISSION, False, "The key may not call this route; `required` names the scope it lacks."),
     "credit_limit_reached": Kind(403, _PERMISSION, False, "The spending limit of the key, or of the member whose key or token it is, is used up: see `limit`, `period` and `resets_at`."),
     "not_found": Kind(404, _REQUEST, False, "There is nothing here, or it belongs to another account."),
+    "model_not_found": Kind(404, _REQUEST, False, "There is no model of that name here; `GET /v1/models` lists those you may call."),
     "method_not_allowed": Kind(405, _REQUEST, False, "The path exists, the method does not; the `Allow` header lists those that do."),
     "body_too_large": Kind(413, _REQUEST, False, "The request body is larger than this route accepts."),
     "unsupported_media_type": Kind(415, _REQUEST, False, "The Content-Type is not one this route reads, or the body has a Content-Encoding, which is never accepted."),
@@ -115,6 +116,11 @@ def invalid_token() -> Refusal:
 
 def not_found() -> Refusal:
     return Refusal("not_found", "There is nothing here.")
+
+
+def model_not_found(model_id: str) -> Refusal:
+    named = model_id if len(model_id) <= 200 else f"{model_id[:200]}…"
+    return Refusal("model_not_found", f"There is no model {named!r} here.", param="model")
 
 
 def method_not_allowed(allowed: Iterable[str]) -> Refusal:

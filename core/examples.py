@@ -1,15 +1,18 @@
 """Calls to paste: a curl of a route, with a key or a place for one."""
 
+import json
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
+from core import scopes
 from core.catalog import Route
 
-_SMS = """{"to": "+18148835337", "message": "hi"}"""
+_SMS = {"to": "+18148835337", "message": "hi"}
 
 
-def curl(base_url: str, route: Route, bearer: str) -> str:
-    """A curl that calls a route once."""
+def curl(base_url: str, route: Route, bearer: str, of_key: list[str] | None = None) -> str:
+    """A curl that calls a route once, with a key of these scopes."""
     method = "POST" if "POST" in route.methods else sorted(route.methods)[0]
     lines = [f"curl -sS {shlex.quote(base_url + route.path.replace('*', 'example'))}"]
     if method == "HEAD":
@@ -19,13 +22,28 @@ def curl(base_url: str, route: Route, bearer: str) -> str:
     lines.append(f'-H "Authorization: Bearer {bearer}"')  # so that it may be a variable
     if method in ("POST", "PUT", "PATCH"):
         lines.append("-H 'Content-Type: application/json'")
-        lines.append(f"-d '{_SMS if route.adapter == 'sms' else '{}'}'")
+        lines.append(f"-d {shlex.quote(json.dumps(body(route, of_key)))}")
     return " \\\n  ".join(lines)
 
 
-def first_for(routes: Sequence[Route], scopes: list[str] | None) -> Route | None:
+def body(route: Route, of_key: list[str] | None) -> dict[str, Any]:
+    """What a first call of a route would send, with a key of these scopes."""
+    if route.adapter == "sms":
+        return _SMS
+    if not route.models:
+        return {}
+    model = next(iter(scopes.callable_models(of_key, [route])), next(iter(route.models)))
+    if route.adapter == "chat":
+        return {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+    return {"model": model, "input" if route.adapter == "embeddings" else "prompt": "hi"}
+
+
+def first_for(routes: Sequence[Route], of_key: list[str] | None) -> Route | None:
     """The first route a key of these scopes may call."""
-    for route in routes:
-        if scopes is None or (route.scope is not None and route.scope in scopes):
-            return route
-    return None
+    return next((route for route in routes if _may_call(route, of_key)), None)
+
+
+def _may_call(route: Route, of_key: list[str] | None) -> bool:
+    if not scopes.allow_route(of_key, route):
+        return False
+    return not route.models or bool(scopes.callable_models(of_key, [route]))

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from config import UpstreamSection
 from core import access, clock, errors, idempotency
 from core.access import Principal
-from core.adapters import Adapter, Answer, Inbound, Order
+from core.adapters import Adapter, Charge, Course, Inbound, Order, Receipt, llm
 from core.adapters.forward import Forward
 from core.adapters.sms import SmsAdapter
 from core.admission import Admission, admit
@@ -20,16 +21,24 @@ from core.catalog import MIB, Route
 from core.errors import Refusal
 from core.idempotency import Stored
 from core.instance import Instance
-from core.ledger import NewCall, Outcome, Standing
+from core.ledger import NewCall, Outcome, Resolved, Standing
 from core.settlement import Settlement
-from core.upstream import Reply
+from core.upstream import Reply, Unreached
 
-ADAPTERS: dict[str, Adapter] = {"forward": Forward(), "sms": SmsAdapter()}
+ADAPTERS: dict[str, Adapter] = {
+    "forward": Forward(),
+    "sms": SmsAdapter(),
+    "chat": llm.CHAT,
+    "completions": llm.COMPLETIONS,
+    "embeddings": llm.EMBEDDINGS,
+}
 # An answer up to this size is read whole before its first byte is passed on.
 WHOLE_BYTES = MIB
 # These speak of the operator's credentials upstream, which are not the caller's business.
 _OPERATORS_FAULT = frozenset({401, 403, 407})
 _NO_LIMIT = 10**9
+# So long the end of an answer is waited for that has said that it is over.
+_LINGER_SECONDS = 0.1
 _PIECE_BYTES = 16 * 1024
 _QUERY = re.compile(r"[\x21-\x7e]*")
 
@@ -63,18 +72,21 @@ def serve(instance: Instance, request: Request) -> Reaction:
     adapter = ADAPTERS[route.adapter]
     inbound = _read(route, adapter, request)
     principal = access.identify(instance, request.headers, request.client)
-    access.authorize(principal, route.scope)
-    order, fault = _order(route, adapter, inbound)
+    access.authorize(principal, route)
+    order = _order(route, adapter, inbound)
+    if isinstance(order, Order) and order.model is not None:
+        access.authorize_model(principal, order.model)
     call = _call(instance, route, principal, request, order)
     most_calls = instance.settings.limits.concurrent_calls if principal.pays else _NO_LIMIT
-    admission = instance.db.write(lambda tx: admit(tx, principal, call, fault, inbound, most_calls))
+    admission = instance.db.write(lambda tx: admit(tx, principal, call, order, inbound, most_calls))
     rate_headers = {} if admission.rate is None else admission.rate.headers()
     try:
         if admission.refusal is not None:
             raise admission.refusal
         if admission.stored is not None:
             reaction = _replay(principal, admission, admission.stored)
-        elif admission.held:
+        elif admission.order is not None:
+            order = admission.order
             reaction = _Road(instance, route, adapter, principal, call, order, inbound).travel()
         else:
             access.identify(instance, request.headers, request.client)  # raises what it is now
@@ -95,22 +107,25 @@ def _read(route: Route, adapter: Adapter, request: Request) -> Inbound:
     return Inbound(request.method, request.path, request.query, request.headers, body, request.id)
 
 
-def _order(route: Route, adapter: Adapter, inbound: Inbound) -> tuple[Order, Refusal | None]:
-    """What is asked for. What is wrong with it is kept, to be said only after the rate limit."""
+def _order(route: Route, adapter: Adapter, inbound: Inbound) -> Order | Refusal:
+    """What is asked for, or what is wrong with it, to be said only after the rate limit."""
     try:
         if not _QUERY.fullmatch(inbound.query):
             raise errors.invalid_body("The query has characters that must be percent-encoded.")
         if inbound.method == "POST":
             idempotency.check_key(inbound.headers.get("idempotency-key"))
-        return adapter.order(route, inbound), None
+        return adapter.order(route, inbound)
     except Refusal as fault:
-        return Order(1), fault
+        return fault
 
 
 def _call(
-    instance: Instance, route: Route, principal: Principal, request: Request, order: Order
-) -> NewCall:
-    price = route.price(order.units)
+    instance: Instance, route: Route, principal: Principal, request: Request,
+    order: Order | Refusal,
+) -> NewCall:  # fmt: skip
+    units, price, model = 1, 0, None  # of one that is refused
+    if isinstance(order, Order):
+        units, price, model = order.units, order.price, order.model
     return NewCall(
         id=request.call_id,
         request_id=request.id,
@@ -120,7 +135,7 @@ def _call(
         user_id=principal.user_id,
         route=route.path,
         method=request.method,
-        units=order.units,
+        units=units,
         price=price,
         held=price if principal.pays else 0,
         incarnation=instance.incarnation(),
@@ -128,6 +143,7 @@ def _call(
         idempotency_key=(
             request.headers.get("idempotency-key") if request.method == "POST" else None
         ),
+        model=model,
     )
 
 
@@ -159,8 +175,7 @@ class _Road(NamedTuple):
         settlement = Settlement(self.instance, self.call.id)
         status: int | None = None
         try:
-            outbound = self.adapter.outbound(self.route, self.inbound, self.order)
-            reply = self.instance.send(self.route, outbound)
+            reply = self._send()
             status = reply.status
             try:
                 return self._conclude(reply, settlement)
@@ -173,20 +188,39 @@ class _Road(NamedTuple):
                 error.headers.update(_charge(self.principal, 0, after))
             raise
 
+    def _send(self) -> Reply:
+        """The answer of the first upstream, or of one that stands in for it."""
+        *firsts, last = self.order.upstreams
+        for upstream in firsts:
+            try:
+                reply = self._send_to(upstream)
+            except Unreached:
+                continue
+            if reply.status != 429 and reply.status < 500:
+                return reply
+            reply.close()
+        return self._send_to(last)
+
+    def _send_to(self, upstream: UpstreamSection) -> Reply:
+        outbound = self.adapter.outbound(self.route, self.inbound, self.order, upstream)
+        return self.instance.send(upstream, outbound)
+
     def _conclude(self, reply: Reply, settlement: Settlement) -> Reaction:
         if not 200 <= reply.status < 300:
             return self._refused(reply, settlement)
-        empty = self.inbound.method == "HEAD" or reply.status == 204
-        if not empty and self.adapter.streams(self.route, reply):
-            return self._stream(reply, settlement, b"")
+        if self.inbound.method != "HEAD" and reply.status != 204:
+            course = self.adapter.course(self.route, self.order, reply, too_large=False)
+            if course is not None:
+                return self._stream(reply, settlement, course, None)
         most = self.adapter.most_bytes(self.route)
         body, whole = reply.read(WHOLE_BYTES if most is None else most)
-        if not whole and most is None:
-            return self._stream(reply, settlement, body)
         if not whole:
-            raise errors.provider_error("The upstream's answer is too large to be priced.")
+            course = self.adapter.course(self.route, self.order, reply, too_large=True)
+            if course is None:
+                raise errors.provider_error("The upstream's answer is too large to be priced.")
+            return self._stream(reply, settlement, course, body)
         answer = self.adapter.answer(self.route, self.order, reply, body)
-        outcome = self._outcome(reply, answer)
+        outcome = _outcome(reply, answer.charge)
         stored = Stored(answer.status, answer.headers, answer.body)
         resolved = settlement.capture(outcome.price, outcome, stored)
         charged, after = (0, None) if resolved is None else (resolved.captured, resolved.standing)
@@ -200,87 +234,122 @@ class _Road(NamedTuple):
         body, whole = reply.read(WHOLE_BYTES)
         if not whole:
             raise errors.provider_error("The upstream's refusal is too large to be passed on.")
-        answer = self.adapter.refusal(self.route, self.order, reply, body)
+        refused = self.adapter.refusal(self.route, self.order, reply, body)
         after = settlement.void(reply.status)
-        headers = dict(answer.headers) | _charge(self.principal, 0, after)
-        return Reaction(answer.status, headers, answer.body)
+        headers = dict(refused.headers) | _charge(self.principal, 0, after)
+        return Reaction(reply.status, headers, refused.body)
 
-    def _stream(self, reply: Reply, settlement: Settlement, first: bytes) -> Reaction:
-        answer = self.adapter.answer(self.route, self.order, reply, b"")
-        headers = dict(answer.headers) | {"X-Credits-Held": str(self.call.held)}
-        length = reply.headers.get("content-length", "")
-        # With a transfer coding the length means nothing (RFC 9112, 6.3), and here would do harm.
-        framed = "transfer-encoding" in reply.headers
-        if length.isascii() and length.isdigit() and not framed:
-            headers["Content-Length"] = length  # so that a client can tell that it was cut
-        outcome = self._outcome(reply, answer)
-        keeps = self.call.idempotency_key is not None
-        chunks = reply.chunks()
-        # An upstream that fails before its first byte is still answered with an error.
-        first = first or next(chunks, b"")
-        passage = _Passage(reply, chunks, settlement, first, outcome, answer.headers, keeps)
+    def _stream(
+        self, reply: Reply, settlement: Settlement, course: Course, first: bytes | None
+    ) -> Reaction:
+        held = {"X-Credits-Held": str(self.call.held)}
+        headers = dict(course.headers) | course.framing | held
+        chunks = reply.chunks(course.beat_seconds)
+        if first is None:
+            # An upstream that fails before its first byte is still answered with an error.
+            first = next(chunks, None)
+        arriving = itertools.chain([] if first is None else [first], chunks)
+        passage = _Passage(reply, arriving, settlement, course, self.principal, self.call)
         return Reaction(reply.status, headers, passage.chunks(), passage.close)
 
-    def _outcome(self, reply: Reply, answer: Answer) -> Outcome:
-        """What a success will be charged and recorded as."""
-        units = answer.units
-        price, cost = self.route.price(units), self.route.cost(units)
-        return Outcome(reply.status, None, units, price, answer.estimated, cost)
+
+def _outcome(reply: Reply, charge: Charge) -> Outcome:
+    """What a success is charged and recorded as."""
+    return Outcome(reply.status, None, *charge)
 
 
 class _Passage:
     """A body passed on as it arrives, and charged when it ends, however that is."""
 
     def __init__(
-        self, reply: Reply, chunks: Iterator[bytes], settlement: Settlement, first: bytes,
-        outcome: Outcome, headers: list[tuple[str, str]], keeps: bool,
+        self, reply: Reply, chunks: Iterator[bytes], settlement: Settlement, course: Course,
+        principal: Principal, call: NewCall,
     ) -> None:  # fmt: skip
         self._reply = reply
         self._chunks = chunks
         self._settlement = settlement
-        self._first = first
-        self._outcome = outcome
-        self._headers = headers
-        self._kept: list[bytes] | None = [] if keeps else None
+        self._course = course
+        self._principal = principal
+        self._call = call
+        self._kept: list[bytes] | None = None if call.idempotency_key is None else []
         self._kept_bytes = 0
-        self._delivered = False
-        self._complete = False
 
     def chunks(self) -> Iterator[bytes]:
         """The body. Whoever reads on has delivered what was read before."""
+        course = self._course
         try:
-            for chunk in itertools.chain([self._first], self._chunks):
-                self._note(chunk)
-                for start, end in _cuts(len(chunk), alone=not self._delivered):
-                    yield chunk[start:end]
-                    self._delivered = True
+            for chunk in self._chunks:
+                piece = course.pass_on(chunk)
+                if chunk:
+                    self._note(piece)
+                yield from self._sending(piece)
+                if course.ended:
+                    break
         except Refusal as refusal:
+            apology = course.apology(refusal, self._call.request_id)
+            if apology:
+                yield apology
             # The head is gone out, so the break can only be shown by breaking off too.
             raise ConnectionResetError(errno.ECONNRESET, refusal.message) from refusal
-        self._complete = True
+        piece = course.end()
+        self._note(piece)
+        yield from self._sending(piece)
+        words = self._complete()
+        if words:
+            yield words
 
     def close(self) -> None:
-        """Charge the price once a byte was delivered or the answer is complete; else nothing."""
-        stored = None
-        if self._complete and self._kept is not None:
-            status = self._outcome.upstream_status or 200
-            stored = Stored(status, self._headers, b"".join(self._kept))
+        """Charge what was delivered of an answer that did not come to its end."""
         try:
-            if self._complete or self._delivered:
-                self._settlement.capture_sent(self._outcome.price, self._outcome, stored)
+            charge = self._course.charge(complete=False)
+            if charge is None:
+                self._settlement.void(self._reply.status)
             else:
-                self._settlement.void(self._outcome.upstream_status)
+                outcome = _outcome(self._reply, charge)
+                self._settlement.capture_sent(charge.price, outcome, None)
         finally:
-            self._reply.close()
+            if self._course.ended:
+                self._reply.finish(_LINGER_SECONDS)
+            else:
+                self._reply.close()
 
-    def _note(self, chunk: bytes) -> None:
+    def _sending(self, piece: bytes) -> Iterator[bytes]:
+        for start, end in _cuts(len(piece), alone=not self._course.delivered):
+            yield piece[start:end]
+            self._course.sent(end, len(piece))
+
+    def _complete(self) -> bytes:
+        """Charge for the whole answer; what is said last."""
+        charge = self._course.charge(complete=True)
+        if charge is None:
+            self._settlement.void(self._reply.status)
+            return self._course.last_words(None)
+        outcome = _outcome(self._reply, charge)
+        resolved = self._settlement.capture_sent(charge.price, outcome, self._answer)
+        return self._course.last_words(self._receipt(resolved, charge.price))
+
+    def _answer(self, resolved: Resolved) -> Stored | None:
+        """What a repeat gets: the same, to what was charged the first time."""
+        if self._kept is None:
+            return None
+        words = self._course.last_words(self._receipt(resolved, resolved.captured))
+        return Stored(self._reply.status, self._course.headers, b"".join([*self._kept, words]))
+
+    def _receipt(self, resolved: Resolved | None, price: int) -> Receipt:
+        """The charge; when the database will take it only later, what it will then be."""
+        if resolved is None:
+            return Receipt(min(price, self._call.held), None)
+        left = resolved.standing.available if self._principal.pays else None
+        return Receipt(resolved.captured, left)
+
+    def _note(self, piece: bytes) -> None:
         """Keep a copy for repeats, as long as all of it is small enough."""
         if self._kept is not None:
-            self._kept_bytes += len(chunk)
+            self._kept_bytes += len(piece)
             if self._kept_bytes > idempotency.LARGEST_ANSWER:
                 self._kept = None
             else:
-                self._kept.append(chunk)
+                self._kept.append(piece)
 
 
 def _cuts(length: int, alone: bool) -> Iterator[tuple[int, int]]:

@@ -8,9 +8,9 @@ from functools import cached_property
 
 import apsw
 
-from config import Settings
+from config import Settings, UpstreamSection
 from core import sandbox
-from core.catalog import Catalog, Route
+from core.catalog import Catalog
 from core.incarnation import Incarnation
 from core.issuers import Issuers
 from core.keys import Verifier
@@ -61,11 +61,11 @@ class Instance:
             assert isinstance(exponent, int)  # a finite number's is
             return format(dollars.quantize(Decimal("0.01")) if exponent > -2 else dollars, "f")
 
-    def send(self, route: Route, request: Outbound) -> Reply:
+    def send(self, upstream: UpstreamSection, request: Outbound) -> Reply:
         """The upstream's answer, from the network or the sandbox.
 
         Raises `provider_error` or `provider_timeout`.
         """
-        if route.upstream.kind == "sandbox":
+        if upstream.kind == "sandbox":
             return sandbox.send(request)
         return self._wires.send(request)

@@ -139,13 +139,18 @@ class Terms:
         if len(self.scopes or ()) > MOST_SCOPES:
             raise errors.invalid_body(f"A key has at most {MOST_SCOPES} scopes.", "scopes")
         for scope in self.scopes or ():
-            if not _SCOPE.fullmatch(scope):
+            if not is_scope(scope):
                 raise errors.invalid_body(f"{scope!r} is not a scope.", "scopes")
         if self.expires_at is not None and self.expires_at <= now:
             raise errors.invalid_body("The expiry lies in the past.", "expires_at")
         check_limit(self.credit_limit, self.credit_period)
         if self.rate_limit is not None and not 0 <= self.rate_limit <= 10**9:
             raise errors.invalid_body("A rate limit is 0 to 10^9 requests a minute.", "rate_limit")
+
+
+def is_scope(text: str) -> bool:
+    """Whether a key can have such a scope."""
+    return _SCOPE.fullmatch(text) is not None
 
 
 def check_limit(limit: int | None, period: str | None) -> None:

@@ -57,6 +57,7 @@ class NewCall(NamedTuple):
     idempotency_key: str | None = None
     credit_window_at: int | None = None
     member_window_at: int | None = None
+    model: str | None = None  # as the caller named it
 
 
 class Outcome(NamedTuple):
@@ -68,6 +69,8 @@ class Outcome(NamedTuple):
     price: int = 0
     estimated: bool = False
     cost_usd: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
 
 
 class Resolved(NamedTuple):
@@ -150,10 +153,10 @@ def hold(tx: Tx, call: NewCall, guard: Guard, most_calls: int) -> Standing | Non
     balance, held, number = row
     tx.run(
         "INSERT INTO call (id, request_id, account_id, number, payer, key_id, user_id, route,"
-        " method, units, price, held, created_at, incarnation, idempotency_key, credit_window_at,"
-        " member_window_at)"
+        " method, model, units, price, held, created_at, incarnation, idempotency_key,"
+        " credit_window_at, member_window_at)"
         " VALUES (:id, :request_id, :account, :number, :payer, :key_id, :user_id, :route, :method,"
-        " :units, :price, :held, :now, :incarnation, :idempotency_key, :credit_window_at,"
+        " :model, :units, :price, :held, :now, :incarnation, :idempotency_key, :credit_window_at,"
         " :member_window_at)",
         {
             "id": call.id,
@@ -165,6 +168,7 @@ def hold(tx: Tx, call: NewCall, guard: Guard, most_calls: int) -> Standing | Non
             "user_id": call.user_id,
             "route": call.route,
             "method": call.method,
+            "model": call.model,
             "units": call.units,
             "price": call.price,
             "held": call.held,
@@ -249,7 +253,8 @@ def capture(tx: Tx, call_id: str, credits: int, outcome: Outcome, now: int) -> R
         "UPDATE call SET status = 'captured',"
         " captured = CASE WHEN held < :credits THEN held ELSE :credits END, units = :units,"
         " price = :price, upstream_status = :upstream_status, duration_ms = :duration_ms,"
-        " estimated = :estimated, cost_usd = :cost_usd"
+        " estimated = :estimated, cost_usd = :cost_usd, input_tokens = :input_tokens,"
+        " output_tokens = :output_tokens"
         f" WHERE id = :id AND status = 'held'{_ENDED}",
         {
             "id": call_id,
@@ -260,6 +265,8 @@ def capture(tx: Tx, call_id: str, credits: int, outcome: Outcome, now: int) -> R
             "duration_ms": outcome.duration_ms,
             "estimated": int(outcome.estimated),
             "cost_usd": outcome.cost_usd,
+            "input_tokens": outcome.input_tokens,
+            "output_tokens": outcome.output_tokens,
         },
     )
     if row is None:

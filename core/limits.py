@@ -113,6 +113,15 @@ def spend_credits(tx: Tx, limit: CreditLimit, credits: int, now: int) -> int | e
     )
 
 
+def left(tx: Tx, limit: CreditLimit, now: int) -> int:
+    """The credits that are left under a limit in the present period."""
+    row = tx.row(
+        "SELECT used FROM credit_window WHERE subject = :subject AND starts_at = :starts_at",
+        {"subject": limit.subject, "starts_at": clock.period_start_ms(limit.period, now)},
+    )
+    return limit.limit - (0 if row is None else int(row[0]))
+
+
 def release_credits(tx: Tx, subject: str, starts_at: int, credits: int) -> None:
     """Take back `credits` that were counted in that period and not captured after all."""
     tx.run(

@@ -7,7 +7,8 @@ purpose: by the number a message goes to, or by `?status=` on any other path.
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -39,9 +40,12 @@ class SandboxReply:
         body, self._chunks = b"".join(self._chunks), []
         return body, True
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self, beat_seconds: float = math.inf) -> Iterator[bytes]:
         while self._chunks:
             yield self._chunks.pop(0)
+
+    def finish(self, seconds: float) -> None:
+        self.close()
 
     def close(self) -> None:
         self._chunks = []
@@ -54,8 +58,10 @@ def send(request: Outbound) -> SandboxReply:
         body = strict_json.decode(request.body) if request.body else None
     except ValueError:
         body = None
-    if parts.path.endswith("/chat/completions") and isinstance(body, dict):
-        return _chat(body)
+    if isinstance(body, dict):
+        for path, answer in _MODELS.items():
+            if parts.path.endswith(path):
+                return answer(body)
     if isinstance(body, dict) and set(body) == {"to", "message"}:
         return _sms(str(body["to"]), str(body["message"]))
     return _echo(request, body)
@@ -101,40 +107,76 @@ def _chat(body: dict[str, Any]) -> SandboxReply:
     sent = body.get("messages")
     messages = [m for m in sent if isinstance(m, dict)] if isinstance(sent, list) else []
     said = str(messages[-1].get("content", "")) if messages else ""
+    texts = [str(m.get("content", "")) for m in messages]
+    return _generated(
+        body, said, texts, "chatcmpl", ("chat.completion", "chat.completion.chunk"),
+        lambda text: {"message": {"role": "assistant", "content": text}},
+        lambda word: {"delta": {} if word is None else {"content": word}},
+    )  # fmt: skip
+
+
+def _completion(body: dict[str, Any]) -> SandboxReply:
+    """An OpenAI text completion, likewise."""
+    said = str(body.get("prompt", ""))
+    return _generated(
+        body, said, [said], "cmpl", ("text_completion", "text_completion"),
+        lambda text: {"text": text}, lambda word: {"text": word or ""},
+    )  # fmt: skip
+
+
+def _embedding(body: dict[str, Any]) -> SandboxReply:
+    """OpenAI embeddings: eight numbers for each text, which depend on it alone."""
+    sent = body.get("input")
+    texts = [str(text) for text in (sent if isinstance(sent, list) else [sent])]
+    prints = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
+    data = [
+        {"object": "embedding", "index": index, "embedding": [byte / 256 for byte in print_]}
+        for index, print_ in enumerate(prints)
+    ]
+    tokens = sum(len(text.split()) for text in texts)
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return _json(200, {"object": "list", "data": data, "model": body.get("model"), "usage": usage})
+
+
+_MODELS = {
+    "/chat/completions": _chat, "/completions": _completion, "/embeddings": _embedding,
+}  # fmt: skip
+
+
+def _generated(
+    body: dict[str, Any], said: str, texts: list[str], kind: str, objects: tuple[str, str],
+    whole: Callable[[str], dict[str, Any]], piece: Callable[[str | None], dict[str, Any]],
+) -> SandboxReply:  # fmt: skip
+    """What a model answers that says back what it heard, a token a word, as often as it is told;
+    `whole` and `piece` say it as an answer and as a chunk, whose last one has no word."""
     words = f"The sandbox heard: {said}".split(" ")
     limit = body.get("max_completion_tokens") or body.get("max_tokens")
+    finish = "stop"
     if isinstance(limit, int) and 0 < limit < len(words):
         words, finish = words[:limit], "length"
-    else:
-        finish = "stop"
-    prompt = sum(len(str(m.get("content", "")).split()) for m in messages)
-    usage = {
-        "prompt_tokens": prompt,
-        "completion_tokens": len(words),
-        "total_tokens": prompt + len(words),
-    }
-    digest = hashlib.blake2b(repr(messages).encode(), digest_size=12).hexdigest()
-    head = {"id": f"chatcmpl-{digest}", "created": 1_700_000_000, "model": body.get("model")}
+    asked = body.get("n")
+    choices = range(asked if isinstance(asked, int) and 1 <= asked <= 128 else 1)
+    sent = sum(len(text.split()) for text in texts)
+    made = len(words) * len(choices)
+    usage = {"prompt_tokens": sent, "completion_tokens": made, "total_tokens": sent + made}
+    digest = hashlib.blake2b(repr(texts).encode(), digest_size=12).hexdigest()
+    head = {"id": f"{kind}-{digest}", "created": 1_700_000_000, "model": body.get("model")}
     if body.get("stream") is not True:
-        message = {"role": "assistant", "content": " ".join(words)}
-        choice = {"index": 0, "message": message, "finish_reason": finish}
-        answer = {**head, "object": "chat.completion", "choices": [choice], "usage": usage}
-        return _json(200, answer)
-    head["object"] = "chat.completion.chunk"
+        said_at = {"finish_reason": finish, **whole(" ".join(words))}
+        answer = {**head, "object": objects[0], "usage": usage}
+        return _json(200, answer | {"choices": [{"index": at, **said_at} for at in choices]})
+    head["object"] = objects[1]
+    spoken = [*(word if at == 0 else f" {word}" for at, word in enumerate(words)), None]
     events: list[Any] = [
         {
             **head,
             "choices": [
-                {
-                    "index": 0,
-                    "delta": {"content": word if number == 0 else f" {word}"},
-                    "finish_reason": None,
-                }
+                {"index": at, **piece(word), "finish_reason": finish if word is None else None}
             ],
         }
-        for number, word in enumerate(words)
+        for word in spoken
+        for at in choices
     ]
-    events.append({**head, "choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
     options = body.get("stream_options")
     if isinstance(options, dict) and options.get("include_usage") is True:
         events.append({**head, "choices": [], "usage": usage})

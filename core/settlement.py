@@ -13,8 +13,13 @@ from models import Tx
 log = logging.getLogger("farebox.settlement")
 
 
+# An answer to keep for repeats. One that tells what it was charged is made in the transaction
+# that charges.
+Answering = Stored | Callable[[Resolved], Stored | None] | None
+
+
 def capture(
-    tx: Tx, call_id: str, credits: int, outcome: Outcome, answer: Stored | None, now: int
+    tx: Tx, call_id: str, credits: int, outcome: Outcome, answer: Answering, now: int
 ) -> Resolved | None:
     """Charge a held call and keep its answer for repeats, in one transaction."""
     resolved = ledger.capture(tx, call_id, credits, outcome, now)
@@ -22,6 +27,7 @@ def capture(
         _release_limit(tx, resolved)
         if resolved.idempotency_key is not None:
             key = resolved.idempotency_key
+            answer = answer(resolved) if callable(answer) else answer
             idempotency.keep(tx, resolved.call.account_id, key, call_id, answer)
     return resolved
 
@@ -58,7 +64,7 @@ class Settlement:
         self._settled = False
         self._started = clock.monotonic()
 
-    def capture(self, credits: int, outcome: Outcome, answer: Stored | None) -> Resolved | None:
+    def capture(self, credits: int, outcome: Outcome, answer: Answering) -> Resolved | None:
         """Charge; how it ended, on the disk when this returns. None when it had ended before.
 
         Raises `storage_unavailable`, or what else went wrong, when the database cannot; the hold is
@@ -79,11 +85,11 @@ class Settlement:
             log.error("call %s was resolved before its answer came; it is free", self.call_id)
         return resolved
 
-    def capture_sent(self, credits: int, outcome: Outcome, answer: Stored | None) -> None:
-        """Charge for an answer that is already delivered. Never raises: the charge is made later
-        when the database cannot take it now."""
+    def capture_sent(self, credits: int, outcome: Outcome, answer: Answering) -> Resolved | None:
+        """Charge for an answer that is already delivered; how it ended. None when it had ended
+        before, or when the charge must be made later, because the database cannot take it now."""
         if self._settled:
-            return
+            return None
         outcome, now = self._timed(outcome), clock.now_ms()
         self._settled = True
 
@@ -91,9 +97,10 @@ class Settlement:
             return capture(tx, self.call_id, credits, outcome, answer, now)
 
         try:
-            self._instance.db.write(work, durable=True)
+            return self._instance.db.write(work, durable=True)
         except Exception:
             self._later(work)
+            return None
 
     def void(self, upstream_status: int | None = None) -> Standing | None:
         """Give everything back; the account after it, or None when that must wait."""

@@ -39,6 +39,10 @@ class Outbound(NamedTuple):
     max_seconds: float  # the whole call
 
 
+class Unreached(errors.Refusal):
+    """The upstream could not be reached: no part of the request was sent."""
+
+
 class Reply(Protocol):
     """An upstream's answer whose head has arrived."""
 
@@ -51,8 +55,13 @@ class Reply(Protocol):
         Raises `provider_error` or `provider_timeout` when the body breaks off.
         """
 
-    def chunks(self) -> Iterator[bytes]:
-        """What `read` has not returned, as it arrives. Raises as `read` does."""
+    def chunks(self, beat_seconds: float = math.inf) -> Iterator[bytes]:
+        """What `read` has not returned, as it arrives, and an empty chunk whenever nothing has come
+        for `beat_seconds`. Raises as `read` does."""
+
+    def finish(self, seconds: float) -> None:
+        """Close, after waiting so long at most for an end that must be near: a connection whose
+        answer was read to its end can be used again."""
 
     def close(self) -> None:
         """Let the connection go; harmless when repeated."""
@@ -201,16 +210,30 @@ class _HttpReply:
         body, self._arrived = b"".join(self._arrived), []
         return body, self._complete and size <= limit
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self, beat_seconds: float = math.inf) -> Iterator[bytes]:
         while True:
             arrived, self._arrived = self._arrived, []
             yield from arrived
             self._touch()  # what the client took to read is not the upstream's silence
-            if self._failure is not None:
-                raise self._failure
-            if self._complete:
-                return
-            self._advance()
+            beat_at = clock.monotonic() + beat_seconds
+            while not self._arrived:
+                if self._failure is not None:
+                    raise self._failure
+                if self._complete:
+                    return
+                if clock.monotonic() >= beat_at:
+                    began = clock.monotonic()
+                    yield b""
+                    beat_at = clock.monotonic() + beat_seconds
+                    self._quiet_until += clock.monotonic() - began
+                self._advance(beat_at)
+
+    def finish(self, seconds: float) -> None:
+        until = clock.monotonic() + seconds
+        while not self._ended and clock.monotonic() < until:
+            self._advance(until)
+            self._arrived = []
+        self.close()
 
     def close(self) -> None:
         wire, self._wire = self._wire, None
@@ -223,17 +246,17 @@ class _HttpReply:
     def _ended(self) -> bool:
         return self._complete or self._failure is not None
 
-    def _advance(self) -> None:
-        """Let the transfer go on until something happens. A failure is kept, to be raised by
-        whoever has taken what arrived before it."""
+    def _advance(self, until: float = math.inf) -> None:
+        """Let the transfer go on until something happens, or that moment. A failure is kept, to be
+        raised by whoever has taken what arrived before it."""
         if self._wire is None:
             self._failure = errors.provider_error("The upstream's answer was given up.")
             return
-        patience = self._quiet_until - clock.monotonic()
-        if patience <= 0:
+        now = clock.monotonic()
+        if now >= self._quiet_until:
             self._fail(pycurl.E_OPERATION_TIMEDOUT, "silence")
             return
-        state = self._wire.step(max(1, int(patience * 1000)))
+        state = self._wire.step(max(1, int((min(self._quiet_until, until) - now) * 1000)))
         if isinstance(state, tuple):
             self._fail(*state)
         elif state is False:
@@ -242,13 +265,19 @@ class _HttpReply:
 
     def _fail(self, code: int, words: str) -> None:
         log.warning("upstream %s: curl %d: %s", _origin(self._request.url), code, words)
+        wire = self._wire
+        # When libcurl was ready to send, on a new connection or on a kept one.
+        was_reached = wire is None or wire.easy.getinfo(pycurl.PRETRANSFER_TIME) > 0
         self.close()
         if code == pycurl.E_OPERATION_TIMEDOUT:
-            self._failure = errors.provider_timeout()
+            failure = errors.provider_timeout()
         elif self._head_done:
-            self._failure = errors.provider_error("The upstream broke its answer off.")
+            failure = errors.provider_error("The upstream broke its answer off.")
         else:
-            self._failure = errors.provider_error("The upstream could not be reached.")
+            failure = errors.provider_error("The upstream could not be reached.")
+        if not was_reached:
+            failure = Unreached(failure.code, failure.message, fields=failure.fields)
+        self._failure = failure
 
     def _touch(self) -> None:
         self._quiet_until = clock.monotonic() + self._request.timeout_seconds

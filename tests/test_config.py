@@ -140,7 +140,7 @@ REFUSED: list[tuple[str, str]] = [
     # Sections that this version does not have yet.
     ("[webhooks]\nallow_private = true", "$.webhooks"),
     ("[x402]\ntopup_credits = 100", "$.x402"),
-    ("[[models]]\nid = 'm'", "$.models"),
+    ("[[models]]\nid = 'm'", "$.models[0].credits_per_request"),
     ("[instance]\nkey_prefx = 'a'", "$.instance.key_prefx"),
     ("[limits]\nper_hour = 1", "$.limits.per_hour"),
     (api(bass_url='"https://x.example"'), "$.upstreams.api.bass_url"),

@@ -55,6 +55,12 @@ credits = 1
 per = "sms_segment"
 body_bytes = 1000
 {override}
+[[routes]]
+path = "{prefix}/chat"
+methods = ["POST"]
+upstream = "sandbox"
+adapter = "chat"
+{override}
 """
         for prefix, override in (
             ("/api/v1", ""),
@@ -72,6 +78,10 @@ timeout_seconds = 5
 [upstreams.sandbox]
 kind = "sandbox"
 {routes}
+[[models]]
+id = "m"
+credits_per_request = 1
+
 [limits]
 requests_per_minute = 100000
 """
@@ -303,6 +313,12 @@ def a_busy_provider(box: Box, up: Upstream, prefix: str, m: pytest.MonkeyPatch) 
 
 def _bug(*args: object) -> None:
     raise RuntimeError("SELECT secret FROM account; open('/etc/passwd')")
+
+
+@case("model_not_found", Told(404, REQUEST, param="model"))
+def a_model_nobody_has(box: Box, up: Upstream, prefix: str, m: pytest.MonkeyPatch) -> Answer:
+    asked = {"model": "n", "messages": [{"role": "user", "content": "hi"}]}
+    return box.post(f"{prefix}/chat", box.payer().key, asked)
 
 
 @case("internal_error", Told(500, API, retry=True))

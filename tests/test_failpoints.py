@@ -110,10 +110,13 @@ class FakeReply:
         self.closed = not self._chunks  # an answer read to its end lets go by itself
         return body, self.closed
 
-    def chunks(self) -> Iterator[bytes]:
+    def chunks(self, beat_seconds: float = 0) -> Iterator[bytes]:
         while self._chunks:
             self._touch()
             yield self._chunks.pop(0)
+
+    def finish(self, seconds: float) -> None:
+        self.close()
 
     def close(self) -> None:
         self.closed = True
@@ -186,10 +189,10 @@ class World:
         monkeypatch.setattr(self.instance._wires, "send", send)
         real_sandbox = Instance.send
 
-        def to_sandbox(instance: Instance, route: Any, request: Outbound) -> Any:
-            if route.upstream.kind == "sandbox" and network.due():
+        def to_sandbox(instance: Instance, upstream: Any, request: Outbound) -> Any:
+            if upstream.kind == "sandbox" and network.due():
                 raise errors.provider_timeout()
-            return real_sandbox(instance, route, request)
+            return real_sandbox(instance, upstream, request)
 
         monkeypatch.setattr(Instance, "send", to_sandbox)
 

@@ -33,7 +33,7 @@ import models
 from app import create_app
 from core import admission, catalog, clock, errors, idempotency, keys, ledger, limits, settlement
 from core.access import Principal
-from core.adapters import Inbound
+from core.adapters import Inbound, Order
 from core.audit import SYSTEM
 from core.idempotency import Stored
 from core.ledger import Guard, NewCall, Outcome, Resolved, Standing
@@ -47,6 +47,11 @@ NOW = 1_800_000_000_000  # 2027-01-15; the clock of these tests moves only when 
 MOST = 10**15
 ALWAYS = Guard("TRUE", {})
 DONE = Outcome(upstream_status=200, duration_ms=1)
+
+
+def wanted(call: NewCall) -> Order:
+    """What a call is held for."""
+    return Order(call.units, call.price, ())
 _numbers = itertools.count(1)
 
 
@@ -293,7 +298,7 @@ class LedgerMachine(RuleBasedStateMachine):
         )  # fmt: skip
         who = Principal("api_key", account, None, "subject", None, ALWAYS, limit=limit)
         inbound = Inbound("POST", "/api/v1/x", "", {}, body, call.id)
-        got = self.db.write(lambda tx: admission.admit(tx, who, call, None, inbound, most_calls))
+        got = self.db.write(lambda tx: admission.admit(tx, who, call, wanted(call), inbound, most_calls))
         answer = got.refusal.code if got.refusal else "stored" if got.stored else "held"
         expected = self.expect(account, credits, limit, most_calls, repeat, body)
         assert answer == expected
@@ -607,7 +612,7 @@ def admitting(account: str, credits: int, body: bytes = b"{}", **changes: Any) -
     inbound = Inbound("POST", "/api/v1/x", "", {}, body, call.id)
 
     def work(tx: Tx) -> str:
-        got = admission.admit(tx, who, call, None, inbound, 100)
+        got = admission.admit(tx, who, call, wanted(call), inbound, 100)
         return got.refusal.code if got.refusal else "held" if got.held else "stored"
 
     return work

@@ -1,16 +1,51 @@
 """The adapter that passes requests and answers through as they are."""
 
-from core.adapters import Answer, Inbound, Order
+import math
+
+from config import UpstreamSection
+from core.adapters import Answer, Charge, Inbound, Order, Receipt, Refused, headers
 from core.catalog import Route, units_in_header, units_in_json
+from core.errors import Refusal
 from core.upstream import Outbound, Reply
 
-# What an upstream learns of a request, and a caller of an answer, unless the config adds to it.
-FORWARDED = ("accept", "accept-language", "content-type")
-RETURNED = (
-    "content-type", "content-encoding", "content-language", "content-disposition", "retry-after",
-)  # fmt: skip
 STREAMED = ("text/event-stream", "application/x-ndjson")
 LARGEST_JSON = 8 * 1024 * 1024
+
+
+class AsItComes:
+    """Implements `Course`: bytes that are passed on unread, for a price that is known before.
+
+    It is charged once a byte was delivered or the answer is complete.
+    """
+
+    beat_seconds = math.inf  # what the bytes mean is unknown, so nothing can be said in between
+    ended = False
+
+    def __init__(
+        self, headers: list[tuple[str, str]], framing: dict[str, str], charge: Charge
+    ) -> None:
+        self.headers = headers
+        self.framing = framing
+        self.delivered = 0
+        self._charge = charge
+
+    def pass_on(self, chunk: bytes) -> bytes:
+        return chunk
+
+    def end(self) -> bytes:
+        return b""
+
+    def sent(self, part: int, of: int) -> None:
+        self.delivered = 1
+
+    def charge(self, complete: bool) -> Charge | None:
+        return self._charge if complete or self.delivered else None
+
+    def last_words(self, receipt: Receipt | None) -> bytes:
+        return b""
+
+    def apology(self, refusal: Refusal, request_id: str) -> bytes:
+        return b""
 
 
 class Forward:
@@ -21,33 +56,31 @@ class Forward:
 
     def order(self, route: Route, inbound: Inbound) -> Order:
         route.target(inbound.path)  # a path that is not passed on is refused before it is priced
-        return Order(route.most_units)
+        units = route.most_units
+        return Order(units, route.price(units), (route.upstream,))
 
-    def outbound(self, route: Route, inbound: Inbound, order: Order) -> Outbound:
-        upstream = route.upstream
-        names = [*FORWARDED, *(name.lower() for name in upstream.forward_headers)]
-        fixed = {name.lower() for name in upstream.headers}
-        headers = [
-            (name, inbound.headers[name])
-            for name in dict.fromkeys(names)
-            if name in inbound.headers and name not in fixed
-        ]
-        if inbound.body and "content-type" not in inbound.headers and "content-type" not in fixed:
-            headers.append(("content-type", "application/json"))
-        headers += [("X-Request-Id", inbound.request_id), *upstream.headers.items()]
+    def outbound(
+        self, route: Route, inbound: Inbound, order: Order, upstream: UpstreamSection
+    ) -> Outbound:
         query = f"?{inbound.query}" if inbound.query else ""
         return Outbound(
             inbound.method,
             route.url(inbound.path) + query,
-            headers,
+            headers.to_upstream(inbound, upstream),
             inbound.body,
             upstream.timeout_seconds,
             upstream.max_seconds,
         )
 
-    def streams(self, route: Route, reply: Reply) -> bool:
+    def course(
+        self, route: Route, order: Order, reply: Reply, too_large: bool
+    ) -> "AsItComes | None":
         media_type = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
-        return self.most_bytes(route) is None and media_type in STREAMED
+        streams = too_large or media_type in STREAMED
+        if not streams or self.most_bytes(route) is not None:
+            return None
+        answer = self.answer(route, order, reply, b"")
+        return AsItComes(answer.headers, _framing(reply), answer.charge)
 
     def most_bytes(self, route: Route) -> int | None:
         from_json = route.units is not None and route.units.from_ == "json"
@@ -65,13 +98,17 @@ class Forward:
                 )
             )
             units, estimated = (1, True) if found is None else (found, False)
-        return Answer(reply.status, self._headers(route, reply), body, units, estimated)
+        charge = Charge(units, route.price(units), estimated, route.cost(units))
+        return Answer(reply.status, headers.to_caller(reply, order.upstreams), body, charge)
 
-    def refusal(self, route: Route, order: Order, reply: Reply, body: bytes) -> Answer:
-        return Answer(reply.status, self._headers(route, reply), body)
+    def refusal(self, route: Route, order: Order, reply: Reply, body: bytes) -> Refused:
+        return Refused(headers.to_caller(reply, order.upstreams), body)
 
-    def _headers(self, route: Route, reply: Reply) -> list[tuple[str, str]]:
-        names = dict.fromkeys(
-            [*RETURNED, *(name.lower() for name in route.upstream.return_headers)]
-        )
-        return [(name.title(), reply.headers[name]) for name in names if name in reply.headers]
+
+def _framing(reply: Reply) -> dict[str, str]:
+    """The length of an answer that is passed on, so that a client can tell that it was cut."""
+    length = reply.headers.get("content-length", "")
+    # With a transfer coding the length means nothing (RFC 9112, 6.3), and here would do harm.
+    framed = "transfer-encoding" in reply.headers
+    sound = length.isascii() and length.isdigit() and not framed
+    return {"Content-Length": length} if sound else {}

@@ -8,14 +8,15 @@ answer gives that count, whatever the provider counts later.
 import base64
 import json
 import re
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlencode
 
 import msgspec
 import phonenumbers
 
+from config import UpstreamSection
 from core import errors, segments, strict_json
-from core.adapters import Answer, Inbound, Order
+from core.adapters import Answer, Charge, Inbound, Order
 from core.catalog import Route
 from core.upstream import Outbound, Reply
 
@@ -56,10 +57,12 @@ class SmsAdapter:
         sms = _read(inbound.body)
         route.target(inbound.path)
         parts = segments.count(sms.message)
-        return Order(parts, (sms, parts, inbound.request_id))
+        details = (sms, parts, inbound.request_id)
+        return Order(parts, route.price(parts), (route.upstream,), details)
 
-    def outbound(self, route: Route, inbound: Inbound, order: Order) -> Outbound:
-        upstream = route.upstream
+    def outbound(
+        self, route: Route, inbound: Inbound, order: Order, upstream: UpstreamSection
+    ) -> Outbound:
         sms: Sms = order.details[0]
         if upstream.kind == "twilio":
             account = upstream.account_sid
@@ -73,7 +76,7 @@ class SmsAdapter:
             ]
             body = urlencode(form).encode()
         else:
-            url = route.url(inbound.path)
+            url = route.url(inbound.path, upstream)
             headers = [
                 ("Content-Type", "application/json"),
                 ("X-Request-Id", inbound.request_id),
@@ -89,8 +92,8 @@ class SmsAdapter:
             upstream.max_seconds,
         )
 
-    def streams(self, route: Route, reply: Reply) -> bool:
-        return False
+    def course(self, route: Route, order: Order, reply: Reply, too_large: bool) -> None:
+        return None
 
     def most_bytes(self, route: Route) -> int | None:
         return 1024 * 1024
@@ -107,9 +110,10 @@ class SmsAdapter:
             "to": sms.to,
             "segments": parts,
         }
-        return Answer(200, _JSON, json.dumps(answer).encode(), units=parts)
+        charge = Charge(parts, route.price(parts), cost_usd=route.cost(parts))
+        return Answer(200, _JSON, json.dumps(answer).encode(), charge)
 
-    def refusal(self, route: Route, order: Order, reply: Reply, body: bytes) -> Answer:
+    def refusal(self, route: Route, order: Order, reply: Reply, body: bytes) -> NoReturn:
         said = _object(body) or {}
         code = said.get("code") if isinstance(said.get("code"), int) else None
         if code in _ABOUT_THE_NUMBER:

@@ -1,0 +1,207 @@
+"""What a request to a language model asks for, and how much that is at most."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import msgspec
+
+from core import errors, strict_json
+from core.tariff import Model
+
+Fields = dict[str, msgspec.Raw]
+
+MOST_CHOICES = 128  # OpenAI's limit
+_LIMITS = ("max_completion_tokens", "max_tokens")  # the first that is named counts
+# Where a data URL stands for an image or a file. Elsewhere it is text, which a model reads.
+_FILES = frozenset({"url", "image_url", "video_url", "audio_url", "file_data", "file_url"})
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """A request, read. `tokens_each` is the most output of each of `choices`; None where there is
+    no output to bound, as in an embedding."""
+
+    fields: Fields
+    model: Model
+    input_tokens: int  # estimated, at most
+    choices: int = 1
+    tokens_each: int | None = None
+    limits: tuple[str, ...] = ()  # the fields in which the limit is sent
+    names_limit: bool = False  # whether the caller named one
+    streams: bool = False
+    shows_usage: bool = False
+    lowered: bool = False  # to what can be spent
+
+    @property
+    def output_tokens(self) -> int:
+        return self.choices * (self.tokens_each or 0)
+
+    @property
+    def price(self) -> int:
+        """Credits it costs at most."""
+        return self.model.price(self.output_tokens, self.input_tokens)
+
+    def body(self, upstream_id: str) -> bytes:
+        """The request as the upstream gets it."""
+        fields = dict(self.fields)
+        fields["model"] = _raw(upstream_id)
+        for name in self.limits:
+            fields[name] = _raw(self.tokens_each)
+        if self.streams:
+            options = _object(self.fields, "stream_options") or {}
+            fields["stream_options"] = _raw({**options, "include_usage": True})
+        return msgspec.json.encode(fields)
+
+
+Read = Callable[[Fields, Mapping[str, Model]], Wish]
+
+
+def parse(body: bytes) -> Fields:
+    """The fields of a JSON object, unread. Raises `validation_error`."""
+    try:
+        return strict_json.decode(body, Fields)
+    except strict_json.WrongShape:
+        raise errors.invalid_body("The body is a JSON object.") from None
+    except strict_json.NotJson:
+        raise errors.invalid_body("The body is not JSON.") from None
+
+
+def read_chat(fields: Fields, models: Mapping[str, Model]) -> Wish:
+    """`POST /v1/chat/completions`. Raises `validation_error`, `model_not_found`."""
+    model = _model(fields, models)
+    messages = _value(fields, "messages")
+    if not isinstance(messages, list):
+        _refuse("messages", "a list")
+    input_tokens = _input_tokens(messages, _value(fields, "tools"))
+    return _generation(fields, model, input_tokens, _count(fields, "n"))
+
+
+def read_completion(fields: Fields, models: Mapping[str, Model]) -> Wish:
+    """`POST /v1/completions`. Raises `validation_error`, `model_not_found`."""
+    model = _model(fields, models)
+    prompts, input_tokens = _texts(fields, "prompt")
+    choices = max(_count(fields, "n"), _count(fields, "best_of")) * prompts
+    return _generation(fields, model, input_tokens, choices)
+
+
+def read_embedding(fields: Fields, models: Mapping[str, Model]) -> Wish:
+    """`POST /v1/embeddings`. Raises `validation_error`, `model_not_found`."""
+    model = _model(fields, models)
+    _, input_tokens = _texts(fields, "input")
+    return Wish(fields, model, input_tokens)
+
+
+def _generation(fields: Fields, model: Model, input_tokens: int, choices: int) -> Wish:
+    most, named = model.section.max_output_tokens, []
+    for name in _LIMITS:
+        value = _value(fields, name)
+        if value is None:
+            continue
+        if not _is_whole(value) or value < 1:
+            _refuse(name, "a whole number, at least 1")
+        named.append((name, value))
+    return Wish(
+        fields,
+        model,
+        input_tokens,
+        choices,
+        min(most, named[0][1]) if named else most,
+        tuple(name for name, _ in named) or (model.section.max_tokens_field,),
+        bool(named),
+        _flag(fields, "stream"),
+        bool((_object(fields, "stream_options") or {}).get("include_usage") is True),
+    )
+
+
+# Fields
+
+
+def _model(fields: Fields, models: Mapping[str, Model]) -> Model:
+    name = _value(fields, "model")
+    if not isinstance(name, str):
+        _refuse("model", "the id of a model, as a string")
+    if name not in models:
+        raise errors.model_not_found(name)
+    return models[name]
+
+
+def _texts(fields: Fields, name: str) -> tuple[int, int]:
+    """How many texts there are, and their tokens at most: one text, or a list of them, each a
+    string or a list of tokens."""
+    value = _value(fields, name)
+    if not isinstance(value, str) and (not isinstance(value, list) or not value):
+        _refuse(name, "a string, or a list that is not empty")
+    is_one = isinstance(value, str) or all(_is_whole(item) for item in value)
+    return 1 if is_one else len(value), _input_tokens(value) + _tokens_given(value)
+
+
+def _count(fields: Fields, name: str) -> int:
+    value = _value(fields, name)
+    if value is None:
+        return 1
+    if not _is_whole(value) or not 1 <= value <= MOST_CHOICES:
+        _refuse(name, f"a whole number from 1 to {MOST_CHOICES}")
+    return int(value)
+
+
+def _flag(fields: Fields, name: str) -> bool:
+    value = _value(fields, name)
+    if value is not None and not isinstance(value, bool):
+        _refuse(name, "true or false")
+    return bool(value)
+
+
+def _object(fields: Fields, name: str) -> dict[str, Any] | None:
+    value = _value(fields, name)
+    if value is not None and not isinstance(value, dict):
+        _refuse(name, "an object")
+    return value
+
+
+def _value(fields: Fields, name: str) -> Any:
+    """A field, read; None of one that is missing or null."""
+    if name not in fields:
+        return None
+    try:
+        return strict_json.decode(bytes(fields[name]))
+    except ValueError:
+        _refuse(name, "JSON")
+
+
+def _raw(value: Any) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(value))
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _refuse(name: str, expected: str) -> NoReturn:
+    raise errors.invalid_body(f"`{name}` is {expected}.", name)
+
+
+# Size
+
+
+def _input_tokens(*texts: Any) -> int:
+    """At most so many tokens are in what a model reads: one for three bytes of its strings. A data
+    URL is an image or a file, which no count of bytes says anything of."""
+    size, left = 0, [("", text) for text in texts]
+    while left:
+        name, value = left.pop()
+        if isinstance(value, str):
+            is_file = name in _FILES and value[:5].lower() == "data:"
+            size += 0 if is_file else len(value.encode())
+        elif isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += [(name, item) for item in value]
+    return -(-size // 3)
+
+
+def _tokens_given(value: Any) -> int:
+    """How many tokens a text has that is given as numbers, or as lists of them."""
+    if not isinstance(value, list):
+        return 0
+    return sum(_tokens_given(item) if isinstance(item, list) else _is_whole(item) for item in value)

@@ -52,6 +52,8 @@ DONE = Outcome(upstream_status=200, duration_ms=1)
 def wanted(call: NewCall) -> Order:
     """What a call is held for."""
     return Order(call.units, call.price, ())
+
+
 _numbers = itertools.count(1)
 
 
@@ -298,7 +300,9 @@ class LedgerMachine(RuleBasedStateMachine):
         )  # fmt: skip
         who = Principal("api_key", account, None, "subject", None, ALWAYS, limit=limit)
         inbound = Inbound("POST", "/api/v1/x", "", {}, body, call.id)
-        got = self.db.write(lambda tx: admission.admit(tx, who, call, wanted(call), inbound, most_calls))
+        got = self.db.write(
+            lambda tx: admission.admit(tx, who, call, wanted(call), inbound, most_calls)
+        )
         answer = got.refusal.code if got.refusal else "stored" if got.stored else "held"
         expected = self.expect(account, credits, limit, most_calls, repeat, body)
         assert answer == expected

@@ -56,7 +56,7 @@ def mint(box: Box | Farebox, who: Payer | str) -> str:
     """A session token of a new sign-in, as the operator gives it."""
     name = who.email if isinstance(who, Payer) else who
     if isinstance(box, Farebox):
-        return box.flask("tokens", "mint", name)
+        return box.set_up("tokens", "mint", name)
     made = box.cli("tokens", "mint", name)
     assert made.exit_code == 0, made.output
     token: str = made.stdout.strip()

@@ -26,7 +26,9 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import urllib3
 
-from core import ledger
+from app import create_app
+from config import load
+from core import firstrun, ledger
 from models import Database
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +160,7 @@ class Farebox:
                     self.start()
                 self.stop()
                 self.check()
-                self.ledger_ok()
+                self.books()
             else:
                 print(f"--- log of the instance ---\n{self.log()[-8000:]}")
         finally:
@@ -264,6 +266,23 @@ class Farebox:
             raise CommandFailed(f"flask {' '.join(words)}: {done.returncode}\n{done.stderr}")
         return done
 
+    def set_up(self, *words: str, stdin: str | None = None) -> str:
+        """As `flask`, but in this process, without the half second that a command takes to start:
+        for what a test needs and is not about. A command finds what it would find in a process of
+        its own: the configuration as it is now, and a database that nobody here has open."""
+        firstrun.prepare_folder(self.instance)
+        app = create_app(load(self.environment))
+        database: Database = app.extensions["farebox"].db
+        try:
+            done = app.test_cli_runner().invoke(args=list(words), input=stdin)
+        finally:
+            with database.reading() as tx:
+                tx._connection.close()
+            database.close()
+        if done.exit_code != 0:
+            raise CommandFailed(f"flask {' '.join(words)}: {done.exit_code}\n{done.output}")
+        return done.stdout.strip()
+
     def log(self) -> str:
         """Everything the instance wrote to standard output and standard error."""
         if not self._log_path.exists():
@@ -296,14 +315,14 @@ class Farebox:
     def account(self, credits: int = 57, *key_options: str) -> tuple[str, str]:
         """A new user with that many credits and an API key; their e-mail and key."""
         email = f"user{next(_names)}@example.com"
-        self.flask("users", "add", email)
+        self.set_up("users", "add", email)
         if credits:
-            self.flask("credits", "grant", email, str(credits))
+            self.set_up("credits", "grant", email, str(credits))
         return email, self.key(email, *key_options)
 
     def key(self, email: str, *options: str) -> str:
         """Another API key for the user's account."""
-        return self.flask("keys", "add", email, "--name", f"key {next(_names)}", *options)
+        return self.set_up("keys", "add", email, "--name", f"key {next(_names)}", *options)
 
     def workers(self) -> list[int]:
         """The process ids of the workers, where the system has /proc; else none."""

@@ -207,15 +207,15 @@ def box(
 def cast(box: Farebox) -> Cast:
     email, rich = box.account(credits=10_000)
     _, poor = box.account(credits=0)
-    box.flask("users", "add", "pat@example.com", "--password-stdin", stdin=f"{PASSWORD}\n")
+    box.set_up("users", "add", "pat@example.com", "--password-stdin", stdin=f"{PASSWORD}\n")
     suspended, revoked = box.key(email), box.key(email)
-    listed = box.flask("keys", "list", email)
+    listed = box.set_up("keys", "list", email)
     for key, verb in ((suspended, "suspend"), (revoked, "revoke")):
         # The list shows a key's public beginning, which is enough to find its id.
         (line,) = [li for li in listed.splitlines() if key[: len("fare_live_") + 4] in li]
         found = re.search(r"key_\w+", line)
         assert found
-        box.flask("keys", verb, found[0])
+        box.set_up("keys", verb, found[0])
     return Cast(
         email=email,
         rich=rich,

@@ -786,7 +786,9 @@ def test_an_idle_server_is_running_too_and_restore_refuses(
 
 
 def test_commands_work_while_it_serves(served: Farebox, tmp_path: Path) -> None:
-    email, key = served.account(0)
+    email = "served@example.com"
+    served.flask("users", "add", email)
+    key = served.flask("keys", "add", email, "--name", "laptop")
     assert served.flask("credits", "balance", email) == "25"
     assert served.get("/api/v1/echo", key).status == 200
     assert served.flask("credits", "adjust", email, "-5", "--note", "x").startswith("-5 credits")

@@ -190,7 +190,7 @@ def test_a_page_says_so_when_its_token_can_be_renewed_no_more(
     screen.sign_in(OWNER)
     page = screen.open("/dashboard/billing")
     screen.press("Reveal session token")
-    box.flask("users", "sign-out", OWNER)
+    box.set_up("users", "sign-out", OWNER)
     with screen.expecting(401):
         screen.context.clock.fast_forward(56 * 60 * 1000)
         expect(page.locator("#token-news")).to_contain_text("It has ended")
@@ -256,8 +256,8 @@ def test_the_operator_grants_and_suspends_and_somebody_redeems_a_voucher(
     box: Farebox, open_screen: OpenScreen, kind: dict[str, object]
 ) -> None:
     email, key = box.account(5)
-    box.flask("users", "add", f"x{email}")
-    link = box.flask("users", "reset-link", email)
+    box.set_up("users", "add", f"x{email}")
+    link = box.set_up("users", "reset-link", email)
     operator, person = open_screen(box, **kind), open_screen(box, **kind)
     theirs = person.open(link.removeprefix(box.url))
     theirs.get_by_label("Password").fill(PASSWORD)
@@ -309,18 +309,20 @@ def test_the_operator_grants_and_suspends_and_somebody_redeems_a_voucher(
 def box(start_farebox: StartFarebox) -> Farebox:
     """An instance with people, keys in every state, and calls that were and were not charged."""
     box = start_farebox(workers=2)
-    box.flask("users", "add", OWNER, "--operator", "--password-stdin", stdin=PASSWORD)
-    box.flask("credits", "grant", OWNER, "5000", "--note", "to begin with")
-    box.flask("vouchers", "add", "20", "--count", "2", "--note", "from the fair")
-    keys = [box.flask("keys", "add", OWNER, "--name", name) for name in ("cron", "a" * 100, "gone")]
+    box.set_up("users", "add", OWNER, "--operator", "--password-stdin", stdin=PASSWORD)
+    box.set_up("credits", "grant", OWNER, "5000", "--note", "to begin with")
+    box.set_up("vouchers", "add", "20", "--count", "2", "--note", "from the fair")
+    keys = [
+        box.set_up("keys", "add", OWNER, "--name", name) for name in ("cron", "a" * 100, "gone")
+    ]
     limited = ("--scope", "sms:send", "--credit-limit", "9", "--period", "day", "--rate", "60")
-    box.flask("keys", "add", OWNER, "--name", "narrow", "--expires", _soon(), *limited)
+    box.set_up("keys", "add", OWNER, "--name", "narrow", "--expires", _soon(), *limited)
     for key in keys:
         assert box.sms(key).status == 200
     assert box.sms(keys[0], to="+15005550500").status == 502
-    ids = {line.split()[-1]: line.split()[0] for line in box.flask("keys", "list").splitlines()}
-    box.flask("keys", "suspend", ids["a" * 100], "--reason", "looked at")
-    box.flask("keys", "revoke", ids["gone"])
+    ids = {line.split()[-1]: line.split()[0] for line in box.set_up("keys", "list").splitlines()}
+    box.set_up("keys", "suspend", ids["a" * 100], "--reason", "looked at")
+    box.set_up("keys", "revoke", ids["gone"])
     return box
 
 

@@ -970,8 +970,8 @@ def test_who_was_let_in_and_may_not_any_more_changes_nothing(
 
 def test_bodies_sent_in_chunks_are_read_whole_or_refused(start_farebox: StartFarebox) -> None:
     farebox = start_farebox(CONFIG, workers=1, threads=8)
-    farebox.flask("users", "add", "chunks@example.com")
-    token = farebox.flask("tokens", "mint", "chunks@example.com")
+    farebox.set_up("users", "add", "chunks@example.com")
+    token = farebox.set_up("tokens", "mint", "chunks@example.com")
     connection = http.client.HTTPConnection("127.0.0.1", farebox.port, timeout=30)
     headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
 

@@ -31,7 +31,7 @@ PAGES = [
 def box(start_farebox: StartFarebox) -> Farebox:
     """An instance that nobody has set up, but with a user who can sign in."""
     box = start_farebox(workers=1)
-    box.flask("users", "add", EMAIL, "--password-stdin", stdin=PASSWORD)
+    box.set_up("users", "add", EMAIL, "--password-stdin", stdin=PASSWORD)
     return box
 
 

@@ -665,11 +665,11 @@ def at_once(served: Farebox, sent: list[tuple[str, str]]) -> list[Answer]:
 
 def test_fifty_at_once_redeem_a_code_once(served: Farebox) -> None:
     people = [served.account(credits=0)[0] for _ in range(2)]
-    minted = [served.flask("tokens", "mint", email) for email in people]
-    code = served.flask("vouchers", "add", "1000")
+    minted = [served.set_up("tokens", "mint", email) for email in people]
+    code = served.set_up("vouchers", "add", "1000")
     answers = at_once(served, [(minted[number % 2], code) for number in range(50)])
     assert Counter(answer.status for answer in answers) == {200: 1, 404: 49}
-    balances = [int(served.flask("credits", "balance", email)) for email in people]
+    balances = [int(served.set_up("credits", "balance", email)) for email in people]
     assert sorted(balances) == [0, 1000]
     (done,) = (answer.json() for answer in answers if answer.status == 200)
     assert done == {"success": True, "creditsAdded": 1000, "credits": 1000}
@@ -678,28 +678,28 @@ def test_fifty_at_once_redeem_a_code_once(served: Farebox) -> None:
 
 def test_codes_redeemed_beside_refused_ones_all_count(served: Farebox) -> None:
     email, _ = served.account(credits=0)
-    token = served.flask("tokens", "mint", email)
-    codes = served.flask("vouchers", "add", "3", "--count", "25").splitlines()
+    token = served.set_up("tokens", "mint", email)
+    codes = served.set_up("vouchers", "add", "3", "--count", "25").splitlines()
     sent = [(token, code) for good in codes for code in (good, UNKNOWN_CODE)]
     answers = at_once(served, sent)
     assert [answer.status for answer in answers] == [200, 404] * 25
-    assert int(served.flask("credits", "balance", email)) == 75
+    assert int(served.set_up("credits", "balance", email)) == 75
     assert sorted(a.json()["credits"] for a in answers[::2]) == list(range(3, 76, 3))
     served.books()
 
 
 def test_the_log_never_holds_a_code(served: Farebox) -> None:
     email, key = served.account(credits=0)
-    token = served.flask("tokens", "mint", email)
-    code = served.flask("vouchers", "add", "4")
+    token = served.set_up("tokens", "mint", email)
+    code = served.set_up("vouchers", "add", "4")
     for bearer, value in (
         (key, {"code": code}), (token, {"code": code, "more": 1}), (token, {"code": [code]}),
         (token, {"code": code}), (token, {"code": code}),
     ):  # fmt: skip
         answer = served.request("POST", PATH, key=bearer, value=value)
         assert code.encode() not in answer.body
-    assert int(served.flask("credits", "balance", email)) == 4
+    assert int(served.set_up("credits", "balance", email)) == 4
     log = served.log()
     assert all(part not in log for part in (code, code.replace("-", ""), *code.split("-")[1:]))
-    assert code.split("-")[1] not in served.flask("audit")
-    assert code.split("-")[1] not in served.flask("vouchers", "list")
+    assert code.split("-")[1] not in served.set_up("audit")
+    assert code.split("-")[1] not in served.set_up("vouchers", "list")

@@ -18,10 +18,9 @@ class Admission(NamedTuple):
 
     rate: Rate | None
     standing: Standing | None = None
-    held: bool = False
+    held: tuple[NewCall, Order] | None = None  # for less than was asked, if need be
     stored: Stored | None = None
     refusal: Refusal | None = None
-    order: Order | None = None  # what was held for, which may be less than was asked for
 
 
 def admit(
@@ -60,14 +59,14 @@ def admit(
     if isinstance(counted, Refusal):
         return Admission(rate, refusal=counted)
     call = call._replace(credit_window_at=counted[0], member_window_at=counted[1])
-    held = ledger.hold(tx, call, principal.guard, most_calls)
-    if held is None:
+    standing = ledger.hold(tx, call, principal.guard, most_calls)
+    if standing is None:
         _uncount(tx, principal, call)
         why = ledger.why_not_held(tx, call.account_id, call.held, most_calls)
         return Admission(rate, refusal=why)
     if call.idempotency_key is not None:
         idempotency.claim(tx, call.account_id, call.idempotency_key, fingerprint, call.id, now)
-    return Admission(rate, held, held=True, order=order)
+    return Admission(rate, standing, held=(call, order))
 
 
 def _spendable(tx: Tx, principal: Principal, call: NewCall) -> int:

@@ -85,9 +85,8 @@ def serve(instance: Instance, request: Request) -> Reaction:
             raise admission.refusal
         if admission.stored is not None:
             reaction = _replay(principal, admission, admission.stored)
-        elif admission.order is not None:
-            order = admission.order
-            reaction = _Road(instance, route, adapter, principal, call, order, inbound).travel()
+        elif admission.held is not None:
+            reaction = _Road(instance, route, adapter, principal, *admission.held, inbound).travel()
         else:
             access.identify(instance, request.headers, request.client)  # raises what it is now
             raise errors.invalid_api_key()

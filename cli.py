@@ -23,6 +23,7 @@ from core import (
     ledger,
     mail,
     passwords,
+    rates,
     session_tokens,
     sessions,
     tokens,
@@ -38,7 +39,6 @@ from core.gateway import ADAPTERS
 from core.instance import Instance
 from core.keys import NewSecret, Terms
 from core.sessions import Origin
-from core.tariff import Model
 from models import Tx
 
 
@@ -607,35 +607,25 @@ def price(route_path: str, method: str | None, body: Any) -> None:
     inbound = Inbound(chosen, route_path, "", {}, content, "price")
     if route.models and body is None:
         for model in route.models.values():
-            click.echo(f"{model.id}  {_rates(model)}")
+            click.echo(f"{model.id}: {rates.asked(model)}")
+        click.echo("With --body: what that call would hold and cost.")
         return
     order = ADAPTERS[route.adapter].order(route, inbound)
     usd = instance().settings.usd_per_credit
     if order.model is None:
         terms = [f"per {route.per}, {route.credits} credits", f"units     {order.units}"]
         least = route.price(1) if route.per == "unit" else order.price
-        cost = route.cost(order.units)
+        cost, unknown = route.cost(order.units), "cost_usd"
     else:
         wish: Wish = order.details
         tokens = f"{wish.input_tokens} in, {wish.output_tokens} out"
-        terms = [f"{order.model}, {_rates(wish.model)}", f"tokens    at most {tokens}"]
+        terms = [f"{order.model}, {rates.asked(wish.model)}", f"tokens    at most {tokens}"]
         least = wish.model.price(0, 0)
         cost = wish.model.cost(wish.output_tokens, wish.input_tokens)
+        unknown = "cost_usd_per_1m_input or _output"
     click.echo(f"route     {chosen} {route.path} " + "\n".join(terms))
     click.echo(f"holds     {order.price} credits (${usd * order.price:f})")
     captured = f"{order.price}" if least == order.price else f"{least} to {order.price}"
     click.echo(f"captures  {captured} credits on success, nothing on failure")
-    click.echo(f"costs you {'$' + cost if cost else 'unknown (no cost_usd)'}")
-
-
-def _rates(model: Model) -> str:
-    """A model's price in words."""
-    section = model.section
-    words = [f"{section.credits_per_request} credits a request"]
-    if model.output_rate:
-        beyond = section.included_output_tokens
-        after = f" beyond {beyond}" if beyond else ""
-        words.append(f"{section.credits_per_1k_tokens} per 1,000 output tokens{after}")
-    if model.input_rate:
-        words.append(f"{section.credits_per_1k_input_tokens} per 1,000 input tokens")
-    return ", ".join(words)
+    most = "" if order.model is None else "at most "
+    click.echo(f"costs you {f'{most}${cost}' if cost else f'unknown (no {unknown})'}")

@@ -26,6 +26,7 @@ from blueprints.pages import (
 )
 from blueprints.rendering import instance
 from blueprints.visitors import visitor
+from config import ModelSection
 from core import (
     audit,
     calls,
@@ -36,16 +37,18 @@ from core import (
     ledger,
     members,
     oversight,
+    rates,
     upstream,
     vouchers,
 )  # fmt: skip
 from core.adapters.sms import TWILIO_URL
 from core.audit import Actor
-from core.catalog import Route
-from core.daily import RouteTotal
+from core.daily import Sold
 from core.errors import Refusal
 from core.keys import Key
 from core.oversight import AccountRow
+from core.rates import Loss
+from core.tariff import Model
 from models import Tx
 
 blueprint = Blueprint("admin", __name__, url_prefix="/admin")
@@ -75,11 +78,11 @@ def home() -> Response:
     with instance().db.snapshot() as tx:
         found = oversight.accounts(tx, text, _place(), since, _PER_PAGE + 1)
         totals = oversight.totals(tx)
-        routes = list(daily.by_route(tx, since).values())
+        sold = daily.together(daily.sold(tx, since).values())
     shown = found[:_PER_PAGE]
     return show(
         "admin/accounts.html", accounts_found=shown, q=text, totals=totals,
-        spent=sum(route.captured for route in routes),
+        spent=sold.captured,
         older=_after(shown[-1].created_at, shown[-1].id) if len(found) > len(shown) else None,
     )  # fmt: skip
 
@@ -325,37 +328,51 @@ def cancel_voucher(voucher_id: str) -> BaseResponse:
 
 
 class Margin(NamedTuple):
-    """What the routes of a path ask for and cost, and what they brought. Amounts in dollars."""
+    """What something brought, and what it cost in dollars."""
 
-    path: str
-    routes: list[tuple[Route, bool]]  # with whether it costs more than it asks for
-    total: RouteTotal
+    total: Sold
     refunded: int  # credits given back
-    earned: Decimal
-    margin: Decimal
+    margin: Decimal  # dollars
+
+
+class Priced(NamedTuple):
+    """A model: what it asks for and costs, in words, and a call that costs more than it brings."""
+
+    section: ModelSection
+    asked: str
+    costs: str | None
+    loss: Loss | None
 
 
 @blueprint.get("/prices")
 @login_required
 def prices() -> Response:
-    """What is asked for each route, what it costs, and what was left of it."""
-    found, usd = instance(), instance().settings.usd_per_credit
+    """What is asked for each route and model, what it costs, and what was left of it."""
+    catalog, usd = instance().catalog, instance().settings.usd_per_credit
     since = pictures.today() - _DAYS + 1
-    with found.db.reading() as tx:
-        totals = daily.by_route(tx, since)
-        refunds = ledger.refunded_by_route(tx, since * clock.DAY_MS)
-    rows = []
-    for path in dict.fromkeys([*(route.path for route in found.catalog.routes), *totals, *refunds]):
-        routes = [
-            (route, route.cost_usd is not None and route.cost_usd > usd * route.credits)
-            for route in found.catalog.routes
-            if route.path == path
-        ]
-        total = totals.get(path, RouteTotal(path, 0, 0, 0, Decimal(0)))
-        refunded = refunds.get(path, 0)
-        earned = usd * (total.captured - refunded)
-        rows.append(Margin(path, routes, total, refunded, earned, earned - total.cost_usd))
-    return show("admin/prices.html", rows=rows, usd=usd)
+    with instance().db.snapshot() as tx:
+        sold, refunds = daily.sold(tx, since), ledger.refunded(tx, since * clock.DAY_MS)
+    called = [*sold, *refunds]
+
+    def margin(part: int, name: str) -> Margin:
+        """Of a route (part 0 of what was called) or of a model (part 1)."""
+        total = daily.together(each for key, each in sold.items() if key[part] == name)
+        refunded = sum(credits for key, credits in refunds.items() if key[part] == name)
+        return Margin(total, refunded, usd * (total.captured - refunded) - total.cost_usd)
+
+    paths = dict.fromkeys([route.path for route in catalog.routes] + [key[0] for key in called])
+    ids = dict.fromkeys([*catalog.models, *(key[1] for key in called if key[1])])
+    return show(
+        "admin/prices.html", usd=usd,
+        routes=[(p, [r for r in catalog.routes if r.path == p], margin(0, p)) for p in paths],
+        models=[(i, _priced(catalog.models.get(i), usd), margin(1, i)) for i in ids],
+    )  # fmt: skip
+
+
+def _priced(model: Model | None, usd: Decimal) -> Priced | None:
+    if model is None:
+        return None
+    return Priced(model.section, rates.asked(model), rates.costs(model), rates.loss(model, usd))
 
 
 # What goes on
@@ -392,19 +409,48 @@ def health() -> Response:
     """How upstreams have done of late; asked for, whether they can be reached now."""
     found = instance()
     with found.db.reading() as tx:
-        lately = daily.by_route(tx, pictures.today() - 1)
+        lately = daily.sold(tx, pictures.today() - 1)
     reached = {}
     if request.method == "POST":
         for name, section in found.settings.upstreams.items():
             url = section.base_url or (TWILIO_URL if section.kind == "twilio" else None)
             reached[name] = None if url is None else upstream.reach(url, _PATIENCE_SECONDS)
-    rows = []
-    for name, section in found.settings.upstreams.items():
-        paths = [route.path for route in found.catalog.routes if route.upstream_name == name]
-        totals = [lately[path] for path in dict.fromkeys(paths) if path in lately]
-        count, failed = sum(t.calls for t in totals), sum(t.failed for t in totals)
-        rows.append((name, section.kind, paths, count, failed))
+    rows = [_served(name, lately) for name in found.settings.upstreams]
     return show("admin/health.html", rows=rows, reached=reached)
+
+
+class Served(NamedTuple):
+    """What an upstream is there for, and how the calls that went to it first have ended."""
+
+    name: str
+    kind: str
+    paths: list[str]
+    models: list[str]
+    stands_in: list[str]  # models whose first upstream is another
+    total: Sold
+
+
+def _served(name: str, lately: dict[tuple[str, str], Sold]) -> Served:
+    catalog, settings = instance().catalog, instance().settings
+    by_model = [route for route in catalog.routes if route.models]
+    # A model goes to its own upstream, or to that of the route.
+    firsts = {
+        (route.path, section.id)
+        for route in by_model
+        for section in settings.models
+        if name == (section.upstream or route.upstream_name)
+    }
+    plain = {route.path for route in catalog.routes if route.upstream_name == name}
+    plain -= {route.path for route in by_model}
+    ids = [section.id for section in settings.models]
+    return Served(
+        name,
+        settings.upstreams[name].kind,
+        [r.path for r in catalog.routes if r.path in plain | {path for path, _ in firsts}],
+        [model_id for model_id in ids if any(model_id == found for _, found in firsts)],
+        [section.id for section in settings.models if by_model and section.fallback == name],
+        daily.together(each for key, each in lately.items() if key in firsts or key[0] in plain),
+    )
 
 
 # Places in lists that are ordered by time

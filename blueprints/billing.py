@@ -288,7 +288,7 @@ def _secret(key: Key, secret: NewSecret, title: str) -> Response:
     return show(
         "dashboard/secret.html", title=title, key=key, secret=secret.token,
         curl=example and examples.curl(base, example, secret.token, key.scopes),
-        speaks_openai=any(route.path.startswith("/v1/") for route in routes),
+        openai_base=examples.openai_base(base, routes, key.scopes),
     )  # fmt: skip
 
 

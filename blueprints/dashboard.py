@@ -7,8 +7,7 @@ from flask_login import login_required
 from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints import pictures
-from blueprints.pages import before, choose, counted, day_name, names_of, seat, show
-from blueprints.pictures import Bar, bars
+from blueprints.pages import before, choose, day_name, names_of, seat, show
 from blueprints.rendering import instance
 from blueprints.visitors import local_path
 from core import calls, clock, daily, examples, keys, ledger
@@ -21,6 +20,7 @@ blueprint.before_request(before)
 
 _DAYS = 30
 _DAYS_OF_YEAR = 365
+_NOBODYS = "Keys without an owner"
 _LOOKED_AT = 100  # keys, for one that works
 _ENOUGH_DAYS = 3  # with credits for less at the pace of the last seven, they run low
 
@@ -48,12 +48,18 @@ def home() -> Response:
         refunds=next((kind for kind in kinds if kind.kind == "refund"), None),
         a_year_ago=day_name(today - _DAYS_OF_YEAR),
         days=pictures.by_day(groups, today - _DAYS + 1, today, of_failed=False),
-        people=_by(groups, "member", names),
-        routes=_by(groups, "route", {}),
+        people=pictures.ranked(
+            groups, "member", lambda user: names.get(user, user) or _NOBODYS, lambda user: None
+        ),
+        routes=pictures.ranked(
+            groups, "route", str, lambda route: f"/dashboard/usage?{urlencode({'route': route})}"
+        ),
+        models=pictures.by_model(groups, lambda model: urlencode({"model": model})),
         expiring=expiring, unused=unused, low=_runs_low(standing, spent[7].captured),
         is_new=is_new,
         has_key=any(key.status_at(now) == "active" for key in mine),
         curl=example and examples.curl(found.settings.public_url, example, "$FAREBOX_API_KEY"),
+        openai_base=examples.openai_base(found.settings.public_url, routes, None),
     )  # fmt: skip
 
 
@@ -67,21 +73,6 @@ def switch() -> BaseResponse:
 
 def _since(groups: list[Group], day: int) -> Total:
     return calls.add_up(group for group in groups if group.day >= day)
-
-
-def _by(groups: list[Group], by: str, names: dict[str, str]) -> list[Bar]:
-    """Who or what the most credits went to; the most that is shown is twelve."""
-    totals = {value: calls.add_up(those) for value, those in calls.split(groups, by).items()}
-    ranked = sorted(totals.items(), key=lambda item: (-item[1].captured, item[0]))[:12]
-    return bars(
-        (
-            names.get(value, value) or "Keys without an owner",
-            total.captured,
-            f"{counted(total.captured, 'credit')}, {counted(total.calls, 'call')}",
-            f"/dashboard/usage?{urlencode({'route': value})}" if by == "route" else None,
-        )
-        for value, total in ranked
-    )
 
 
 def _runs_low(standing: Standing, spent_in_week: int) -> bool:

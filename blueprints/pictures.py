@@ -1,6 +1,6 @@
 """What the pictures of the dashboard show: bars, scaled here and drawn as SVG by a template."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from core.calls import Total
 from core.daily import Group
 
 MOST_DAYS = 62  # that are drawn one by one; more are drawn by month
+_MOST_RANKED = 12
 
 
 class Bar(NamedTuple):
@@ -30,6 +31,27 @@ def bars(found: Iterable[tuple[str, int, str, str | None]]) -> list[Bar]:
         Bar(name, value, text, 0 if most == 0 else round(100 * value / most, 2), href)
         for name, value, text, href in rows
     ]
+
+
+def ranked(
+    groups: list[Group], by: str, names: Callable[[str], str], link: Callable[[str], str | None]
+) -> list[Bar]:
+    """Who or what the most credits went to; the most that is shown is twelve."""
+    totals = {value: calls.add_up(those) for value, those in calls.split(groups, by).items()}
+    first = sorted(totals.items(), key=lambda item: (-item[1].captured, item[0]))[:_MOST_RANKED]
+    return bars(
+        (
+            names(value), total.captured,
+            f"{counted(total.captured, 'credit')}, {counted(total.calls, 'call')}", link(value),
+        )
+        for value, total in first
+    )  # fmt: skip
+
+
+def by_model(groups: list[Group], link: Callable[[str], str]) -> list[Bar]:
+    """The same of models; nothing where none was called. `link` is the query of a model's link."""
+    of_models = [group for group in groups if group.model]
+    return ranked(of_models, "model", str, lambda model: f"/dashboard/usage?{link(model)}")
 
 
 def by_day(

@@ -10,14 +10,17 @@ from flask_login import login_required
 from blueprints import pictures
 from blueprints.api import moment
 from blueprints.pages import before, cursor, day_name, names_of, seat, show
+from blueprints.pictures import Bar
 from blueprints.rendering import instance
 from blueprints.tables import Cell, csv_response
-from core import calls, clock, daily, errors, keys, ledger
+from core import calls, clock, daily, errors, keys, ledger, rates
 from core.calls import Filter, Total
 from core.daily import Group
 from core.errors import Refusal
 from core.instance import Instance
+from core.rates import Working
 from core.sessions import Seat
+from core.tariff import Model
 from models import Tx
 
 blueprint = Blueprint("usage", __name__, url_prefix="/dashboard")
@@ -41,12 +44,13 @@ class Wish(NamedTuple):
     last_day: int
     key: str | None
     route: str | None
+    model: str | None
     status: str | None
 
     @property
     def filter(self) -> Filter:
         since, until = self.first_day * clock.DAY_MS, (self.last_day + 1) * clock.DAY_MS
-        return Filter(self.key, self.route, self.status, since, until)
+        return Filter(self.key, self.route, self.model, self.status, since, until)
 
     @property
     def asked(self) -> dict[str, str]:
@@ -64,7 +68,9 @@ class Wish(NamedTuple):
         return f"&{kept}" if kept else ""
 
     def _kept(self) -> dict[str, str | None]:
-        return {"key": self.key, "route": self.route, "status": self.status}
+        return {
+            "key": self.key, "route": self.route, "model": self.model, "status": self.status,
+        }  # fmt: skip
 
 
 @blueprint.get("/usage")
@@ -87,7 +93,8 @@ def listed() -> Response:
         "dashboard/usage.html", wish=wish, asked=wish.asked,
         calls=shown, older=older, is_first=before_number is None,
         total=_total(calls.add_up(groups), wish.status), key_names=key_names, people=people,
-        routes=_routes(groups), statuses=STATUS_WORDS, has_called=has_called,
+        routes=_routes(groups), models=_models(groups), by_model=_by_model(groups, wish),
+        statuses=STATUS_WORDS, has_called=has_called,
         days=pictures.by_day(
             groups, wish.first_day, wish.last_day, wish.status == "voided", wish.kept()
         ),
@@ -100,7 +107,7 @@ def _not_understood(problem: Refusal) -> Response:
         key_names = _key_names(tx, seat())
     return show(
         "dashboard/usage.html", problem=problem, asked=request.args, key_names=key_names,
-        routes=_routes([]), statuses=STATUS_WORDS,
+        routes=_routes([]), models=_models([]), statuses=STATUS_WORDS,
     )  # fmt: skip
 
 
@@ -115,11 +122,23 @@ def _routes(groups: list[Group]) -> list[str]:
     return sorted(served | {group.route for group in groups})
 
 
+def _models(groups: list[Group]) -> list[str]:
+    """The models to choose from, likewise."""
+    return sorted({*instance().catalog.models, *(group.model for group in groups if group.model)})
+
+
+def _by_model(groups: list[Group], wish: Wish) -> list[Bar]:
+    """Which models the credits went to, where that is not what was asked."""
+    if wish.model is not None or wish.status not in (None, "captured"):
+        return []
+    return pictures.by_model(groups, lambda model: wish.query(model=model))
+
+
 def _groups(tx: Tx, account_id: str, wish: Wish) -> list[Group]:
     """What is counted and drawn: of ended calls when one way to end is wished for, else of all."""
     if wish.status in (None, "held"):
         return calls.groups(tx, account_id, wish.filter)
-    found = daily.groups(tx, account_id, wish.first_day, wish.last_day, wish.key, wish.route)
+    found = daily.groups(tx, account_id, wish.first_day, wish.last_day, wish.filter.group)
     if wish.status == "captured":
         return [group._replace(calls=group.calls - group.failed, failed=0) for group in found]
     return found
@@ -151,12 +170,21 @@ def explained(request_id: str) -> Response:
         ),
         None,
     )
+    model = found.catalog.models.get(call["model"] or "")
     return show(
         "dashboard/call.html",
         call=call, route=route, key_name=key_name, person=people.get(call["user_id"]),
+        asked=model and rates.asked(model), working=model and _working(model, call),
         refund=next((entry for entry in entries if entry["kind"] == "refund"), None),
         entry=next((entry for entry in entries if entry["kind"] == "capture"), None),
     )  # fmt: skip
+
+
+def _working(model: Model, call: dict[str, Any]) -> Working | None:
+    """How a call's price comes about at the rates of now; None while its tokens are not known."""
+    if call["input_tokens"] is None:
+        return None
+    return rates.working(model, call["output_tokens"] or 0, call["input_tokens"])
 
 
 @blueprint.get("/usage.csv")
@@ -186,7 +214,8 @@ def _wish() -> Wish:
     status = asked("status") or None
     if status is not None and status not in calls.STATUSES:
         raise errors.invalid_body(f"A status is one of {', '.join(calls.STATUSES)}.", "status")
-    return Wish(first, last, asked("key") or None, asked("route") or None, status)
+    key, route, model = (asked(name) or None for name in ("key", "route", "model"))
+    return Wish(first, last, key, route, model, status)
 
 
 def _total(total: Total, status: str | None) -> Total:

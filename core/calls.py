@@ -26,9 +26,15 @@ class Filter(NamedTuple):
 
     key_id: str | None = None
     route: str | None = None
+    model: str | None = None
     status: str | None = None
     since: int | None = None
     until: int | None = None  # not counted itself
+
+    @property
+    def group(self) -> daily.Narrowed:
+        """What the sums can tell apart."""
+        return daily.Narrowed(self.key_id, self.route, self.model)
 
 
 def page(
@@ -149,7 +155,7 @@ def groups(tx: Tx, account_id: str, wanted: Filter) -> list[Group]:
     first, last = -(-since // clock.DAY_MS), until // clock.DAY_MS - 1
     if first > last + 1:  # within one day
         return _counted(tx, account_id, wanted._replace(since=since, until=until))
-    found = daily.groups(tx, account_id, first, last, wanted.key_id, wanted.route)
+    found = daily.groups(tx, account_id, first, last, wanted.group)
     edges = [(since, first * clock.DAY_MS), ((last + 1) * clock.DAY_MS, until)]
     for start, end in edges:
         if start < end:
@@ -196,6 +202,8 @@ def _conditions(account_id: str, wanted: Filter) -> tuple[str, dict[str, Any]]:
         found.append(("key_id = :key_id", {"key_id": wanted.key_id}))
     if wanted.route is not None:
         found.append(("route = :route", {"route": wanted.route}))
+    if wanted.model is not None:
+        found.append(("model = :model", {"model": wanted.model}))
     if wanted.status in STATUSES:  # a literal, so that the partial indexes serve
         found.append((f"status = '{wanted.status}'", {}))
     if wanted.since is not None or wanted.until is not None:
@@ -220,7 +228,7 @@ def _spans(tx: Tx, account_id: str, wanted: Filter, newest: int) -> list[tuple[i
     sums do: each has the numbers between which its calls lie.
     """
     is_of_time = wanted.since is not None or wanted.until is not None
-    is_narrow = wanted.route is not None or wanted.status is not None
+    is_narrow = (wanted.route, wanted.model, wanted.status) != (None, None, None)
     if not is_of_time and not is_narrow:
         return [(1, newest)]  # an index has just these, by number
     first, last = (moment // clock.DAY_MS for moment in _moments(wanted))
@@ -229,9 +237,7 @@ def _spans(tx: Tx, account_id: str, wanted: Filter, newest: int) -> list[tuple[i
         whole = daily.numbers(tx, account_id, first, last)
         known += [] if whole is None else [whole]
     elif wanted.status != "held":
-        known += daily.spans(
-            tx, account_id, first, last, wanted.key_id, wanted.route, wanted.status
-        )
+        known += daily.spans(tx, account_id, first, last, wanted.group, wanted.status)
     if wanted.status in (None, "held"):  # which no sum counts yet
         known += [
             (row[0], row[0])

@@ -1,7 +1,7 @@
 """Daily sums of ended calls and of entries, kept in the transaction that ends or enters them, so
 that they can never differ from what they add up; `ledger.verify` holds them against it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from decimal import Decimal, InvalidOperation, localcontext
 from typing import Any, NamedTuple
 
@@ -101,23 +101,30 @@ def add_entry(tx: Tx, account_id: str, kind: str, amount: int, number: int, now:
 # Reading
 
 
+class Narrowed(NamedTuple):
+    """Of which key, route and model sums are wanted; None means any."""
+
+    key_id: str | None = None
+    route: str | None = None
+    model: str | None = None
+
+    def sql(self) -> tuple[str, dict[str, Any]]:
+        """The same as conditions, and their parameters."""
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        return "".join(f" AND {name} = :{name}" for name in given), given
+
+
 def groups(
-    tx: Tx, account_id: str, first_day: int, last_day: int,
-    key_id: str | None = None, route: str | None = None,
-) -> list[Group]:  # fmt: skip
+    tx: Tx, account_id: str, first_day: int, last_day: int, wanted: Narrowed | None = None
+) -> list[Group]:
     """The sums of an account's days from the first to the last, both counted."""
-    conditions = "" if key_id is None else " AND key_id = :key"
-    conditions += "" if route is None else " AND route = :route"
+    conditions, params = (wanted or Narrowed()).sql()
     rows = tx.rows(
         "SELECT day, key_id, user_id, route, model, calls, failed, captured, cost_usd,"
         " first_number, last_number FROM call_day"
         f" WHERE account_id = :account AND day >= :first AND day <= :last{conditions}",
-        {
-            "account": account_id, "first": first_day, "last": last_day,
-            **({} if key_id is None else {"key": key_id}),
-            **({} if route is None else {"route": route}),
-        },
-    )  # fmt: skip
+        {"account": account_id, "first": first_day, "last": last_day} | params,
+    )
     return [Group._make(row) for row in rows]
 
 
@@ -131,52 +138,57 @@ def numbers(tx: Tx, account_id: str, first_day: int, last_day: int) -> tuple[int
     return None if row is None or row[0] is None else (row[0], row[1])
 
 
-class RouteTotal(NamedTuple):
-    """What all accounts' calls of one route come to."""
+class Sold(NamedTuple):
+    """What all accounts' calls of something come to."""
 
-    route: str
-    calls: int
-    failed: int
-    captured: int
-    cost_usd: Decimal
+    calls: int = 0
+    failed: int = 0
+    captured: int = 0
+    cost_usd: Decimal = Decimal(0)
 
 
-def by_route(tx: Tx, first_day: int) -> dict[str, RouteTotal]:
-    """What was called since that day, by route, over all accounts."""
-    costs: dict[str, list[Decimal]] = {}
-    for route, cost, count in tx.rows(
-        "SELECT route, cost_usd, COUNT(*) FROM call_day WHERE day >= :day GROUP BY route, cost_usd",
+def sold(tx: Tx, first_day: int) -> dict[tuple[str, str], Sold]:
+    """What was called since that day, by route and model ('' for none), over all accounts."""
+    costs: dict[tuple[str, str], list[Decimal]] = {}
+    for route, model, cost, count in tx.rows(
+        "SELECT route, model, cost_usd, COUNT(*) FROM call_day WHERE day >= :day"
+        " GROUP BY route, model, cost_usd",
         {"day": first_day},
     ):
-        costs.setdefault(route, []).append(times(cost, count))
+        costs.setdefault((route, model), []).append(times(cost, count))
     rows = tx.rows(
-        "SELECT route, SUM(calls), SUM(failed), SUM(captured) FROM call_day WHERE day >= :day"
-        " GROUP BY route ORDER BY route",
+        "SELECT route, model, SUM(calls), SUM(failed), SUM(captured) FROM call_day"
+        " WHERE day >= :day GROUP BY route, model ORDER BY route, model",
         {"day": first_day},
     )
-    return {row[0]: RouteTotal._make((*row, added(iter(costs[row[0]])))) for row in rows}
+    return {
+        (row[0], row[1]): Sold._make((*row[2:], added(iter(costs[row[0], row[1]])))) for row in rows
+    }
+
+
+def together(found: Iterable[Sold]) -> Sold:
+    """The total of several."""
+    calls, failed, captured, costs = 0, 0, 0, []
+    for each in found:
+        calls, failed, captured = calls + each.calls, failed + each.failed, captured + each.captured
+        costs.append(each.cost_usd)
+    return Sold(calls, failed, captured, added(iter(costs)))
 
 
 def spans(
-    tx: Tx, account_id: str, first_day: int, last_day: int,
-    key_id: str | None, route: str | None, status: str | None,
-) -> list[tuple[int, int]]:  # fmt: skip
-    """For each of those days with calls of a key, a route and an ending (any, if None): between
+    tx: Tx, account_id: str, first_day: int, last_day: int, wanted: Narrowed, status: str | None
+) -> list[tuple[int, int]]:
+    """For each of those days with calls that are wanted and ended so (in any way, if None): between
     which numbers they lie, with others."""
-    conditions = "" if key_id is None else " AND key_id = :key"
-    conditions += "" if route is None else " AND route = :route"
+    conditions, params = wanted.sql()
     conditions += {"voided": " AND failed > 0", "captured": " AND failed < calls"}.get(
         status or "", ""
     )
     rows = tx.rows(
         "SELECT MIN(first_number), MAX(last_number) FROM call_day WHERE account_id = :account"
         f" AND day >= :first AND day <= :last{conditions} GROUP BY day",
-        {
-            "account": account_id, "first": first_day, "last": last_day,
-            **({} if key_id is None else {"key": key_id}),
-            **({} if route is None else {"route": route}),
-        },
-    )  # fmt: skip
+        {"account": account_id, "first": first_day, "last": last_day} | params,
+    )
     return [(row[0], row[1]) for row in rows]
 
 

@@ -2,13 +2,12 @@
 
 import socket
 from collections.abc import Iterator
-from decimal import Decimal
 from typing import NamedTuple
 
 import apsw
 
 from config import Settings
-from core import clock, ledger, limits, upstream
+from core import clock, ledger, limits, rates, upstream
 from core.adapters.sms import TWILIO_URL
 from core.errors import Refusal
 from core.instance import Instance
@@ -51,23 +50,18 @@ def examine(instance: Instance) -> Iterator[Finding]:
 
 
 def _models(instance: Instance) -> Iterator[Finding]:
-    """Models that nothing serves, and those whose calls cost more than they bring: the smallest
-    call, the longest answer, and that to the longest question."""
+    """Models that nothing serves, and those whose calls cost more than they bring."""
     for section in instance.settings.models:
         if section.id not in instance.catalog.models:
             yield Finding("warn", f"model {section.id}: no route serves it")
     for model in instance.catalog.models.values():
-        most, window = model.section.max_output_tokens, model.section.context_window or 0
-        for output, sent in ((1, 1), (most, 1), (most, max(1, window - most))):
-            earned = instance.settings.usd_per_credit * model.price(output, sent)
-            cost = model.cost(output, sent)
-            if cost is not None and Decimal(cost) > earned:
-                yield Finding(
-                    "warn",
-                    f"price of {model.id}: {sent} tokens in and {output} out cost ${cost},"
-                    f" bring ${earned:f}",
-                )
-                break
+        loss = rates.loss(model, instance.settings.usd_per_credit)
+        if loss is not None:
+            yield Finding(
+                "warn",
+                f"price {model.id}: {loss.input_tokens} tokens in and {loss.output_tokens} out"
+                f" cost ${loss.cost}, bring ${loss.earned:f}",
+            )
 
 
 def _people(settings: Settings) -> Iterator[Finding]:

@@ -8,6 +8,9 @@ from typing import Any
 from core import scopes
 from core.catalog import Route
 
+# What the OpenAI SDK appends to its base URL.
+_OF_OPENAI = ("/chat/completions", "/completions", "/embeddings")
+_ALL_OF_OPENAI = "/v1/*"  # passed through
 _SMS = {"to": "+18148835337", "message": "hi"}
 
 
@@ -24,6 +27,19 @@ def curl(base_url: str, route: Route, bearer: str, of_key: list[str] | None = No
         lines.append("-H 'Content-Type: application/json'")
         lines.append(f"-d {shlex.quote(json.dumps(body(route, of_key)))}")
     return " \\\n  ".join(lines)
+
+
+def openai_base(base_url: str, routes: Sequence[Route], of_key: list[str] | None) -> str | None:
+    """Where the OpenAI SDK finds what a key of these scopes may call there; None when nothing."""
+    for route in routes:
+        if not _may_call(route, of_key):
+            continue
+        if route.path.endswith(_ALL_OF_OPENAI):
+            return base_url + route.path.removesuffix("/*")
+        for path in _OF_OPENAI:
+            if route.path.endswith(path):
+                return base_url + route.path.removesuffix(path)
+    return None
 
 
 def body(route: Route, of_key: list[str] | None) -> dict[str, Any]:

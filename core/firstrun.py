@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import FILE_NAME, Settings
-from core import clock, files, keys, ledger, links, tokens
+from core import clock, examples, files, keys, ledger, links, tokens
 from core.audit import SYSTEM
+from core.catalog import Catalog
 from core.keys import NewSecret, Terms
 from models import Database, Tx
 
@@ -71,14 +72,32 @@ def greeting(settings: Settings, made: Welcome, environ: Mapping[str, str]) -> s
             "   From your own machine, open a tunnel first:",
             f"   ssh -L {port}:{settings.bind} {user}@{server[2]}",
         ]
+    routes = Catalog(settings).routes
+    route = examples.first_for(routes, None)
+    if route is None:
+        lines += [
+            "",
+            f"2. Sell something: add [[routes]] to {settings.folder / FILE_NAME}, then restart.",
+            f"   This key will have {STARTER_CREDITS} credits for it and is shown only now:",
+            "",
+            made.starter_key,
+            "",
+        ]
+        return "\n".join(lines)
     lines += [
         "",
         f"2. Make a paid call. This key has {STARTER_CREDITS} credits and is shown only now:",
         "",
-        f"curl -sS {base}/api/v1/sms/send \\",
-        f"  -H 'Authorization: Bearer {made.starter_key}' \\",
-        "  -H 'Content-Type: application/json' \\",
-        """  -d '{"to": "+18148835337", "message": "hi"}'""",
+        examples.curl(base, route, made.starter_key),
         "",
     ]
+    openai_base = examples.openai_base(base, routes, None)
+    if openai_base is not None:
+        lines += [
+            "   Or give these to the OpenAI SDK, and whatever else reads them:",
+            "",
+            f"export OPENAI_BASE_URL={openai_base}",
+            f"export OPENAI_API_KEY={made.starter_key}",
+            "",
+        ]
     return "\n".join(lines)

@@ -454,14 +454,16 @@ def _entry_to_json(row: tuple[Any, ...]) -> dict[str, Any]:
     }
 
 
-def refunded_by_route(tx: Tx, since: int) -> dict[str, int]:
-    """The credits that were refunded since then, by the route of the call, over all accounts."""
+def refunded(tx: Tx, since: int) -> dict[tuple[str, str], int]:
+    """The credits that were refunded since then, by the call's route and model ('' for none), over
+    all accounts."""
     rows = tx.rows(
-        "SELECT c.route, SUM(e.amount) FROM entry e JOIN call c ON c.id = e.reference"
-        " WHERE e.kind = 'refund' AND e.created_at >= :since GROUP BY c.route",
+        "SELECT c.route, COALESCE(c.model, ''), SUM(e.amount)"
+        " FROM entry e JOIN call c ON c.id = e.reference"
+        " WHERE e.kind = 'refund' AND e.created_at >= :since GROUP BY 1, 2",
         {"since": since},
     )
-    return dict(rows)
+    return {(route, model): credits for route, model, credits in rows}
 
 
 # Proof

@@ -157,7 +157,8 @@ def test_where_models_are_sold_the_lines_for_their_tools_are_shown(
     tmp_path: Path, hand: Clock
 ) -> None:
     config = CONFIG + (
-        '\n[[routes]]\npath = "/v1/words"\nmethods = ["POST"]\nupstream = "sandbox"\ncredits = 1\n'
+        '\n[[routes]]\npath = "/v1/chat/completions"\nmethods = ["POST"]\nupstream = "sandbox"\n'
+        'adapter = "chat"\n[[models]]\nid = "small"\ncredits_per_request = 1\n'
     )
     with Box(tmp_path / "i", config) as box:
         page = visitor(box).press(BILLING, "Quick: Cursor / agent key")

@@ -88,6 +88,7 @@ filters = st.builds(
     Filter,
     st.sampled_from((None, None, "key_a", "key_b", "key_c")),
     st.sampled_from((None, None, *ROUTES, "/nowhere")),
+    st.sampled_from((None, None, "big", "small", "tiny")),
     st.sampled_from((None, None, "held", "captured", "voided")),
     bounds,
     bounds,
@@ -158,6 +159,7 @@ def passing(plan: list[Made], wanted: Filter) -> list[Made]:
         for call in sorted(plan, key=lambda call: -call.number)
         if wanted.key_id in (None, call.key_id)
         and wanted.route in (None, call.route)
+        and wanted.model in (None, call.model)
         and wanted.status in (None, call.ending)
         and (wanted.since is None or call.created_at >= wanted.since)
         and (wanted.until is None or call.created_at < wanted.until)

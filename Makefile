@@ -3,8 +3,8 @@ PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 p
 	command -v $$p >/dev/null 2>&1 && \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-# What the tests have from npm: an OpenID provider, and axe-core.
-NPM := $(patsubst %,tests/%/node_modules/.package-lock.json,openid axe)
+# What the tests have from npm: an OpenID provider, axe-core, and OpenAI's client.
+NPM := $(patsubst %,tests/%/node_modules/.package-lock.json,openid axe openai)
 
 .PHONY: run test check bench bench-pages torture lock clean
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -618,14 +619,14 @@ def price(route_path: str, method: str | None, body: Any) -> None:
         cost, unknown = route.cost(order.units), "cost_usd"
     else:
         wish: Wish = order.details
-        tokens = f"{wish.input_tokens} in, {wish.output_tokens} out"
+        sent, most = math.ceil(wish.input_tokens), wish.output_tokens
+        tokens = f"{sent:,} in, {most:,} out"
         terms = [f"{order.model}, {rates.asked(wish.model)}", f"tokens    at most {tokens}"]
-        least = wish.model.price(0, 0)
-        cost = wish.model.cost(wish.output_tokens, wish.input_tokens)
+        least, cost = wish.model.price(0, 0), wish.model.cost(most, sent)
         unknown = "cost_usd_per_1m_input or _output"
     click.echo(f"route     {chosen} {route.path} " + "\n".join(terms))
     click.echo(f"holds     {order.price} credits (${usd * order.price:f})")
     captured = f"{order.price}" if least == order.price else f"{least} to {order.price}"
     click.echo(f"captures  {captured} credits on success, nothing on failure")
-    most = "" if order.model is None else "at most "
-    click.echo(f"costs you {f'{most}${cost}' if cost else f'unknown (no {unknown})'}")
+    about = "" if order.model is None else "at most "
+    click.echo(f"costs you {f'{about}${cost}' if cost else f'unknown (no {unknown})'}")

@@ -46,6 +46,26 @@ class Worker(gthread.ThreadWorker):
     """The worker that serves Farebox."""
 
     _quitting = False
+    _busy = 0  # connections given to the threads
+
+    def enqueue_req(self, conn: Any) -> None:
+        self._busy += 1
+        if self._busy >= self.cfg.threads:
+            self.set_accept_enabled(False)
+        super().enqueue_req(conn)
+
+    def finish_request(self, conn: Any, fs: Any) -> None:
+        self._busy -= 1
+        super().finish_request(conn, fs)
+
+    def set_accept_enabled(self, enabled: bool | None) -> None:
+        """Accept no more than there are threads for.
+
+        What a worker has accepted waits for its threads alone: while they are busy with streams
+        for minutes, those of another worker may be idle. Asked in every turn of the loop, which
+        the end of a request begins anew.
+        """
+        super().set_accept_enabled(bool(enabled) and self._busy < self.cfg.threads)
 
     def handle_quit(self, sig: Any, frame: Any) -> None:
         """Stop at once, once.

@@ -67,12 +67,14 @@ class PaidRoutes:
             if permission is not None:
                 return Reaction(204, dict(permission), b"")
             request_id, call_id = request_ids(environ)
+            caller = environ.get("gunicorn.socket")
             return gateway.serve(
                 self._instance,
                 gateway.Request(
                     request_id, call_id, environ["REQUEST_METHOD"], raw_path(environ),
                     environ.get("QUERY_STRING", ""), headers(environ), client_address(environ),
                     lambda limit: read_body(environ, limit),
+                    None if caller is None else caller.fileno(),
                 ),
             )  # fmt: skip
         except Refusal as why:

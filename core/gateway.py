@@ -54,6 +54,7 @@ class Request(NamedTuple):
     headers: Mapping[str, str]  # by lower-case name
     client: str
     read_body: Callable[[int], bytes]  # raises `body_too_large` past so many bytes
+    caller: int | None = None  # the socket the answer goes to
 
 
 @dataclass(slots=True)
@@ -86,7 +87,10 @@ def serve(instance: Instance, request: Request) -> Reaction:
         if admission.stored is not None:
             reaction = _replay(principal, admission, admission.stored)
         elif admission.held is not None:
-            reaction = _Road(instance, route, adapter, principal, *admission.held, inbound).travel()
+            call, order = admission.held
+            reaction = _Road(
+                instance, route, adapter, principal, call, order, inbound, request.caller
+            ).travel()
         else:
             access.identify(instance, request.headers, request.client)  # raises what it is now
             raise errors.invalid_api_key()
@@ -169,6 +173,7 @@ class _Road(NamedTuple):
     call: NewCall
     order: Order
     inbound: Inbound
+    caller: int | None
 
     def travel(self) -> Reaction:
         settlement = Settlement(self.instance, self.call.id)
@@ -243,7 +248,7 @@ class _Road(NamedTuple):
     ) -> Reaction:
         held = {"X-Credits-Held": str(self.call.held)}
         headers = dict(course.headers) | course.framing | held
-        chunks = reply.chunks(course.beat_seconds)
+        chunks = reply.chunks(course.beat_seconds, self.caller)
         if first is None:
             # An upstream that fails before its first byte is still answered with an error.
             first = next(chunks, None)

@@ -25,6 +25,7 @@ _BUFFER_BYTES = 64 * 1024
 _HEADERS_LIMIT = 128
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5][0-9][0-9])(?: .*)?\r?\n", re.DOTALL)
 _SAFE_VALUE = re.compile(r"[\x20-\x7e\t]*")
+_HANGS_UP = getattr(select, "POLLRDHUP", 0)  # elsewhere than on Linux it is seen a little later
 _VERIFY = ssl.get_default_verify_paths()
 
 
@@ -55,9 +56,13 @@ class Reply(Protocol):
         Raises `provider_error` or `provider_timeout` when the body breaks off.
         """
 
-    def chunks(self, beat_seconds: float = math.inf) -> Iterator[bytes]:
+    def chunks(self, beat_seconds: float = math.inf, caller: int | None = None) -> Iterator[bytes]:
         """What `read` has not returned, as it arrives, and an empty chunk whenever nothing has come
-        for `beat_seconds`. Raises as `read` does."""
+        for `beat_seconds`. Raises as `read` does.
+
+        Where that is a limit, an empty chunk comes too as soon as whoever is at the other end of
+        the socket `caller` hangs up: to be spoken to is how they are found to have left.
+        """
 
     def finish(self, seconds: float) -> None:
         """Close, after waiting so long at most for an end that must be near: a connection whose
@@ -78,7 +83,7 @@ class Wires:
 
         Raises `provider_error` or `provider_timeout`. Never called inside a transaction.
         """
-        idle = self._idle.setdefault(_origin(request.url), deque(maxlen=_IDLE_WIRES))
+        idle = self._idle.setdefault(_origin(request.url), deque())
         return _HttpReply(idle, self._take(idle), request)
 
     def _take(self, idle: "deque[_Wire]") -> "_Wire":
@@ -102,6 +107,8 @@ class _Wire:
         self._poll = select.poll()
         self._timer: float | None = None
         self._descriptor = -1
+        self._watched: int | None = None
+        self.hung_up = False  # whoever is watched did, and nobody has looked yet
         self._multi.setopt(pycurl.M_SOCKETFUNCTION, self._on_socket)
         self._multi.setopt(pycurl.M_TIMERFUNCTION, self._on_timer)
         self._multi.setopt(pycurl.M_MAXCONNECTS, 1)
@@ -125,7 +132,26 @@ class _Wire:
     def start(self) -> None:
         self._multi.add_handle(self.easy)
 
+    def watch(self, descriptor: int) -> None:
+        """Until `stop`, look also for the other side of this socket to hang up."""
+        self._watched = descriptor
+        self._poll.register(descriptor, _HANGS_UP)
+
+    def _look(self, event: int) -> None:
+        """What came of the watched socket: first, perhaps, that the other side says no more, which
+        one who still reads may do; then that there is nobody."""
+        assert self._watched is not None
+        self.hung_up = True
+        if event & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
+            self._poll.unregister(self._watched)
+            self._watched = None
+        else:
+            self._poll.modify(self._watched, 0)
+
     def stop(self) -> None:
+        if self._watched is not None:
+            self._poll.unregister(self._watched)
+        self._watched, self.hung_up = None, False
         self._descriptor = self.easy.getinfo(pycurl.ACTIVESOCKET)  # -1 when it is closed
         self._multi.remove_handle(self.easy)
         self.easy.reset()  # also lets go of the callbacks, and so of the reply
@@ -143,6 +169,9 @@ class _Wire:
         else:
             events = self._poll.poll(left_ms)
             for descriptor, event in events:
+                if descriptor == self._watched:
+                    self._look(event)
+                    continue
                 readable = pycurl.CSELECT_IN if event & ~select.POLLOUT else 0
                 writable = pycurl.CSELECT_OUT if event & select.POLLOUT else 0
                 self._multi.socket_action(descriptor, readable | writable)
@@ -210,10 +239,13 @@ class _HttpReply:
         body, self._arrived = b"".join(self._arrived), []
         return body, self._complete and size <= limit
 
-    def chunks(self, beat_seconds: float = math.inf) -> Iterator[bytes]:
+    def chunks(self, beat_seconds: float = math.inf, caller: int | None = None) -> Iterator[bytes]:
+        if caller is not None and beat_seconds < math.inf and self._wire is not None:
+            self._wire.watch(caller)
         while True:
             arrived, self._arrived = self._arrived, []
-            yield from arrived
+            if arrived:
+                yield b"".join(arrived)  # libcurl gives each part of a chunked body by itself
             self._touch()  # what the client took to read is not the upstream's silence
             beat_at = clock.monotonic() + beat_seconds
             while not self._arrived:
@@ -221,7 +253,7 @@ class _HttpReply:
                     raise self._failure
                 if self._complete:
                     return
-                if clock.monotonic() >= beat_at:
+                if clock.monotonic() >= beat_at or self._hung_up():
                     began = clock.monotonic()
                     yield b""
                     beat_at = clock.monotonic() + beat_seconds
@@ -240,7 +272,18 @@ class _HttpReply:
         if wire is None:
             return
         wire.stop()  # closes the connection too when the answer was not read to its end
-        self._idle.append(wire)
+        if len(self._idle) < _IDLE_WIRES:
+            self._idle.append(wire)
+        else:
+            wire.close()
+
+    def _hung_up(self) -> bool:
+        """Whether the caller did, since this was asked last."""
+        wire = self._wire
+        if wire is None or not wire.hung_up:
+            return False
+        wire.hung_up = False
+        return True
 
     @property
     def _ended(self) -> bool:
@@ -266,8 +309,7 @@ class _HttpReply:
     def _fail(self, code: int, words: str) -> None:
         log.warning("upstream %s: curl %d: %s", _origin(self._request.url), code, words)
         wire = self._wire
-        # When libcurl was ready to send, on a new connection or on a kept one.
-        was_reached = wire is None or wire.easy.getinfo(pycurl.PRETRANSFER_TIME) > 0
+        was_reached = wire is None or wire.easy.getinfo(pycurl.REQUEST_SIZE) > 0
         self.close()
         if code == pycurl.E_OPERATION_TIMEDOUT:
             failure = errors.provider_timeout()

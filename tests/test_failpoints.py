@@ -110,7 +110,7 @@ class FakeReply:
         self.closed = not self._chunks  # an answer read to its end lets go by itself
         return body, self.closed
 
-    def chunks(self, beat_seconds: float = 0) -> Iterator[bytes]:
+    def chunks(self, beat_seconds: float = 0, caller: int | None = None) -> Iterator[bytes]:
         while self._chunks:
             self._touch()
             yield self._chunks.pop(0)

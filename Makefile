@@ -5,6 +5,8 @@ PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 p
 BIN := .venv/bin
 # What the tests have from npm: an OpenID provider, axe-core, and OpenAI's client.
 NPM := $(patsubst %,tests/%/node_modules/.package-lock.json,openid axe openai)
+# And llama.cpp's server, where it comes ready built.
+LLAMA := .venv/llama-installed
 
 .PHONY: run test check bench bench-pages torture lock clean
 
@@ -14,7 +16,7 @@ run: .venv/installed ## install, set up and serve in the foreground
 # A file's tests share instances, so it stays in one of the two processes.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-test: .venv/dev-installed $(NPM) ## every test that can run here
+test: .venv/dev-installed $(NPM) $(LLAMA) ## every test that can run here
 	@$(BIN)/python -m pytest $(IN_TWO)
 
 check: .venv/dev-installed ## format, lint, types, as CI does
@@ -29,7 +31,7 @@ bench: .venv/dev-installed ## Farebox beside a bare pass-through
 bench-pages: .venv/dev-installed ## the dashboard over a million calls, beside an empty one
 	@$(BIN)/python bench/pages.py
 
-torture: .venv/dev-installed $(NPM) ## the long sizes of the race and crash tests
+torture: .venv/dev-installed $(NPM) $(LLAMA) ## the long sizes of the race and crash tests
 	@FAREBOX_TORTURE=1 $(BIN)/python -m pytest
 
 lock: .venv/uv ## pin requirements.txt and all it needs, by hash
@@ -60,6 +62,11 @@ tests/%/node_modules/.package-lock.json: tests/%/package.json tests/%/package-lo
 	elif (cd tests/$* && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error \
 		>/dev/null); then touch $@; \
 	else echo "npm ci failed: the tests that need what is in tests/$* will be skipped."; fi
+
+$(LLAMA): tests/llama/requirements.txt .venv/dev-installed
+	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: \
+		-r $< >/dev/null; then touch $@; \
+	else echo "There is no llama.cpp for this machine: the tests that need it will be skipped."; fi
 
 clean: ## remove what make built; the instance folder stays
 	@rm -rf .venv tests/*/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis

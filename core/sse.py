@@ -53,8 +53,7 @@ class Parser:
 
     def finish(self) -> list[Event]:
         """What came without an empty line after it, at the end of a whole answer."""
-        self._end_line()
-        event = self._dispatch()
+        event = self._end_line() or self._dispatch()
         return [] if event is None else [event]
 
     def _end_line(self) -> Event | None:

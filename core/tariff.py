@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
+from fractions import Fraction
+from math import ceil
 
 from config import ModelSection, UpstreamSection
 
 _SCALE = 10**12  # a rate has at most twelve decimal places
 _PER_TOKEN = 1000 * _SCALE  # rates are for 1,000 tokens
 _PLACES = 60
+_DEAREST_CALL = 10**18  # the database can still write it; no account has so much
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,24 +37,25 @@ class Model:
         """What the upstream calls it."""
         return self.section.upstream_model or self.section.id
 
-    def price(self, output_tokens: int, input_tokens: int) -> int:
-        """Credits for so many tokens."""
+    def price(self, output_tokens: int, input_tokens: int | Fraction) -> int:
+        """Credits for so many tokens, of which an estimate of the input may have a part."""
         beyond = max(0, output_tokens - self.section.included_output_tokens)
         exact = beyond * self.output_rate + input_tokens * self.input_rate
-        return self.section.credits_per_request - (-exact // _PER_TOKEN)
+        return min(self.section.credits_per_request - (-exact // _PER_TOKEN), _DEAREST_CALL)
 
-    def affordable(self, credits: int, input_tokens: int) -> int | None:
+    def affordable(self, credits: int, input_tokens: int | Fraction) -> int | None:
         """The most output tokens whose price is within `credits`, not negative; None when even the
         request is not. Without a bound where output beyond what is included is free."""
-        left = (credits - self.section.credits_per_request) * _PER_TOKEN
-        left -= input_tokens * self.input_rate
+        left = (credits - self.section.credits_per_request) * _PER_TOKEN - (
+            input_tokens * self.input_rate
+        )
         if left < 0:
             return None
         if self.output_rate == 0:
             return 10**15
         return self.section.included_output_tokens + left // self.output_rate
 
-    def cost(self, output_tokens: int, input_tokens: int) -> str | None:
+    def cost(self, output_tokens: int, input_tokens: int | Fraction) -> str | None:
         """What so many tokens cost the operator in dollars, as a decimal string, if it is known."""
         rates = (self.section.cost_usd_per_1m_output, self.section.cost_usd_per_1m_input)
         if rates == (None, None):
@@ -60,7 +64,7 @@ class Model:
             total = sum(
                 (
                     Decimal(rate or 0) * count
-                    for rate, count in zip(rates, (output_tokens, input_tokens), strict=True)
+                    for rate, count in zip(rates, (output_tokens, ceil(input_tokens)), strict=True)
                 ),
                 Decimal(0),
             )

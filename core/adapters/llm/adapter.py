@@ -63,6 +63,8 @@ class LlmAdapter:
         wish: Wish = order.details
         if not wish.streams or media_type != _EVENTS:
             return None
+        if reply.headers.get("content-encoding", "identity").lower() != "identity":
+            raise errors.provider_error("The upstream's answer is encoded, which was not asked.")
         return ModelCourse(_headers(order, reply, f"{_EVENTS}; charset=utf-8"), wish)
 
     def most_bytes(self, route: Route) -> int | None:
@@ -75,7 +77,8 @@ class LlmAdapter:
             raise errors.provider_error("The upstream's answer is none.")
         usage = usage_in(fields)
         delivered = content_bytes(fields)
-        if usage is None and not delivered and not read(fields.get("data")):
+        embeds = wish.tokens_each is None and bool(read(fields.get("data")))
+        if usage is None and not delivered and not embeds:
             raise errors.provider_error("The upstream's answer is empty.")
         if "model" in fields:
             fields["model"] = raw(wish.model.id)
@@ -89,21 +92,10 @@ class LlmAdapter:
     def refusal(self, route: Route, order: Order, reply: Reply, body: bytes) -> Refused:
         wish: Wish = order.details
         fields = fields_of(body) or {}
-        error = error_in(fields)
-        if error is None:
-            words = next(
-                (
-                    w
-                    for w in map(read, map(fields.get, ("message", "detail")))
-                    if isinstance(w, str)
-                ),
-                None,
-            )
-            error = error_of(
-                words or f"The upstream refused the request with status {reply.status}.", fields
-            )
-        fields["error"] = raw(error)
-        told = Mask(wish.model).clean({name: read(value) for name, value in fields.items()})
+        otherwise = f"The upstream refused the request with status {reply.status}."
+        told = {name: read(value) for name, value in fields.items()}
+        told["error"] = error_in(fields, otherwise) or error_of(fields, otherwise)
+        told = Mask(wish.model).clean(told)
         return Refused(_headers(order, reply, _JSON), msgspec.json.encode(told))
 
 

@@ -1,6 +1,7 @@
 """What an answer of a language model says of itself: how much it is, and in whose words."""
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -18,7 +19,11 @@ _LARGEST_COUNT = 10**12
 _SHORTEST_SECRET = 8  # a shorter value would blot out words
 # Keys, organisations and projects of the operator with OpenAI and those who copied its forms.
 _IDS = re.compile(r"\b(?:sk|org|proj)[-_][A-Za-z0-9_*-]{6,}")
-_SPOKEN = ("content", "reasoning_content", "reasoning", "refusal")
+_SPOKEN = ("content", "refusal")
+_GAP = re.compile(r"[ \t\n\r]*")
+_JSON = json.JSONDecoder()
+_DEEPEST = 100  # so far down an error is read
+_ERROR = ("message", "type", "param", "code")
 
 
 class Usage(NamedTuple):
@@ -34,11 +39,54 @@ def raw(value: Any) -> msgspec.Raw:
 
 
 def fields_of(text: bytes) -> Fields | None:
-    """The fields of a JSON object, unread; None of anything else."""
+    """The fields of a JSON object, unread; None of anything else. Servers send what clients read
+    though it is no JSON: halves of surrogate pairs, NaN, bytes that are not UTF-8."""
     try:
         return strict_json.decode(text, Fields)
     except ValueError:
+        pass
+    try:
+        return _fields_of(text.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
         return None
+
+
+def _fields_of(text: str) -> Fields:
+    """As `fields_of`, by a more lenient reader. Raises ValueError."""
+    found: Fields = {}
+    at = _past("{", text, 0)
+    while text[at : at + 1] != "}":
+        if found:
+            at = _past(",", text, at)
+        name, at = _JSON.raw_decode(text, at)
+        if not isinstance(name, str):
+            raise ValueError("no name")
+        start = _past(":", text, at)
+        _, end = _JSON.raw_decode(text, start)
+        found[_writable(name)] = msgspec.Raw(text[start:end].encode())
+        at = _skip(text, end)
+    if _skip(text, at + 1) != len(text):
+        raise ValueError("more than an object")
+    return found
+
+
+def _past(sign: str, text: str, at: int) -> int:
+    """Where to read on after a sign, which may stand apart."""
+    at = _skip(text, at)
+    if text[at : at + 1] != sign:
+        raise ValueError(f"no {sign}")
+    return _skip(text, at + 1)
+
+
+def _skip(text: str, at: int) -> int:
+    gap = _GAP.match(text, at)
+    assert gap is not None  # it may be empty
+    return gap.end()
+
+
+def _writable(text: str) -> str:
+    """The same text without halves of surrogate pairs, which UTF-8 does not have."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def read(raw: msgspec.Raw | None) -> Any:
@@ -50,7 +98,7 @@ def read(raw: msgspec.Raw | None) -> Any:
     except ValueError:
         pass
     try:
-        return json.loads(bytes(raw))  # lets halves of surrogate pairs through, which servers send
+        return json.loads(bytes(raw).decode("utf-8", "replace"))
     except (ValueError, RecursionError):
         return None
 
@@ -69,23 +117,26 @@ def _count(value: Any) -> int | None:
     return value if is_count and 0 <= value <= _LARGEST_COUNT else None
 
 
-def error_in(fields: Fields) -> dict[str, Any] | None:
-    """The error an answer tells, in OpenAI's shape; None when it tells none."""
+def error_in(fields: Fields, otherwise: str = "The upstream failed.") -> dict[str, Any] | None:
+    """The error an answer tells, in OpenAI's shape, with the words `otherwise` where it has none;
+    None when it tells no error."""
     said = read(fields.get("error"))
-    if isinstance(said, dict):
-        return said
     if said is None and read(fields.get("object")) != "error":
         return None
-    words = said if isinstance(said, str) else read(fields.get("message"))
-    return error_of(words if isinstance(words, str) else "The upstream failed.", fields)
+    if isinstance(said, dict):
+        return {**dict.fromkeys(_ERROR), **said, "message": _words(otherwise, said.get("message"))}
+    return error_of(fields, otherwise, said)
 
 
-def error_of(message: str, fields: Fields) -> dict[str, Any]:
-    """An error in OpenAI's shape, with what there is of it beside its words."""
-    return {
-        "message": message,
-        **{name: read(fields.get(name)) for name in ("type", "param", "code")},
-    }
+def error_of(fields: Fields, otherwise: str, *words: Any) -> dict[str, Any]:
+    """An error in OpenAI's shape of one that is told in other fields: the first words there are."""
+    words = (*words, read(fields.get("message")), read(fields.get("detail")))
+    told = {name: read(fields.get(name)) for name in _ERROR}
+    return told | {"message": _words(otherwise, *words)}
+
+
+def _words(otherwise: str, *found: Any) -> str:
+    return next((words for words in found if isinstance(words, str)), otherwise)
 
 
 def content_bytes(fields: Fields) -> int:
@@ -103,21 +154,27 @@ def _said(choices: list[Any]) -> Iterable[Any]:
             if not isinstance(message, dict):
                 continue
             yield from (message.get(name) for name in _SPOKEN)
+            yield message.get("reasoning_content") or message.get("reasoning")  # some send it twice
             calls = message.get("tool_calls")
             functions = [
-                call.get("function")
+                call.get(kind)
                 for call in (calls if isinstance(calls, list) else ())
                 if isinstance(call, dict)
+                for kind in ("function", "custom")
             ]
             for function in (*functions, message.get("function_call")):
                 if isinstance(function, dict):
-                    yield function.get("arguments")
+                    yield from (function.get("arguments"), function.get("input"))
 
 
 def _size(value: Any) -> int:
     if isinstance(value, list):  # content in parts, as some servers have it
         return sum(_size(part.get("text")) for part in value if isinstance(part, dict))
-    return len(value.encode("utf-8", "surrogatepass")) if isinstance(value, str) else 0
+    if not isinstance(value, str):
+        return 0
+    # Half of a surrogate pair is half of four bytes.
+    halves = 0 if value.isascii() else sum("\ud800" <= sign <= "\udfff" for sign in value)
+    return len(value.encode("utf-8", "replace")) + halves
 
 
 def charge(wish: Wish, usage: Usage | None, delivered: int) -> Charge:
@@ -125,7 +182,8 @@ def charge(wish: Wish, usage: Usage | None, delivered: int) -> Charge:
     one token for four bytes of content, and of the input as it was held for."""
     usage = usage or Usage(None, None)
     estimated = usage.input_tokens is None
-    input_tokens = wish.input_tokens if usage.input_tokens is None else usage.input_tokens
+    exact = wish.input_tokens if usage.input_tokens is None else usage.input_tokens
+    input_tokens = math.ceil(exact)
     output_tokens = 0
     if wish.tokens_each is not None:
         estimated = estimated or usage.output_tokens is None
@@ -133,7 +191,7 @@ def charge(wish: Wish, usage: Usage | None, delivered: int) -> Charge:
         output_tokens = guess if usage.output_tokens is None else usage.output_tokens
     return Charge(
         1,
-        wish.model.price(output_tokens, input_tokens),
+        wish.model.price(output_tokens, exact),
         estimated,
         wish.model.cost(output_tokens, input_tokens),
         input_tokens,
@@ -145,25 +203,37 @@ class Mask:
     """Takes the operator's names and secrets out of what an upstream says of itself."""
 
     def __init__(self, model: Model) -> None:
-        self._names = {model.upstream_id: model.id} if model.upstream_id != model.id else {}
-        for upstream in model.upstreams:
-            self._names.update(dict.fromkeys(_secrets(upstream), "…"))
+        self._model = model
+        found = {secret for upstream in model.upstreams for secret in _secrets(upstream)}
+        # The longest first: one may be a part of another.
+        self._secrets = sorted(found, key=len, reverse=True)
 
-    def clean(self, value: Any) -> Any:
-        """The same value with every string in it masked."""
+    def clean(self, value: Any, depth: int = 0) -> Any:
+        """The same value with every string in it masked, and without what is too deep in it."""
         if isinstance(value, str):
-            for secret, shown in self._names.items():
-                value = value.replace(secret, shown)
-            return _IDS.sub("…", value)
+            return self._hide(value).replace(self._model.upstream_id, self._model.id)
+        if depth == _DEEPEST:
+            return None
         if isinstance(value, list):
-            return [self.clean(item) for item in value]
+            return [self.clean(item, depth + 1) for item in value]
         if isinstance(value, dict):
-            return {self.clean(key): self.clean(item) for key, item in value.items()}
+            # A name of ours is not put into a key: there it is a part of the shape.
+            return {self._hide(key): self.clean(item, depth + 1) for key, item in value.items()}
         return value
+
+    def _hide(self, text: str) -> str:
+        text = _writable(text)
+        for secret in self._secrets:
+            text = text.replace(secret, "…")
+        return _IDS.sub("…", text)
 
 
 def _secrets(upstream: UpstreamSection) -> Iterable[str]:
-    found = [part for value in upstream.headers.values() for part in (value, *value.split())]
+    values = [part for value in upstream.headers.values() for part in (value, *value.split())]
+    yield from (value for value in values if len(value) >= _SHORTEST_SECRET)
     if upstream.base_url is not None:
-        found += [upstream.base_url, urlsplit(upstream.base_url).netloc]
-    return [secret for secret in found if len(secret) >= _SHORTEST_SECRET]
+        parts = urlsplit(upstream.base_url)
+        yield upstream.base_url
+        for host in (parts.netloc, parts.hostname or ""):
+            if len(host) >= _SHORTEST_SECRET or re.search(r"[.:]", host):
+                yield host

@@ -53,7 +53,7 @@ class ModelCourse:
 
     def end(self) -> bytes:
         # An event without its empty line, of an upstream that is careless; or half of one.
-        whole = [e for e in self._parser.finish() if e.data == _DONE or fields_of(e.data or b"")]
+        whole = [e for e in self._parser.finish() if _is_end(e) or fields_of(e.data or b"")]
         return self._pass_on(whole)
 
     def sent(self, part: int, of: int) -> None:
@@ -91,7 +91,7 @@ class ModelCourse:
         """What goes on of one event."""
         if event.data is None:
             return _BEAT  # a comment, which is a sign of life
-        if event.data.strip() == _DONE:
+        if _is_end(event):
             self.ended = True
             return b""  # said after the charge
         fields = fields_of(event.data)
@@ -101,6 +101,7 @@ class ModelCourse:
         error = error_in(fields)
         if error is not None:
             self._failed = True
+            fields = {name: raw(self._mask.clean(read(value))) for name, value in fields.items()}
             fields["error"] = raw(self._mask.clean(error))
         if "model" in fields:
             fields["model"] = self._model_id
@@ -108,8 +109,9 @@ class ModelCourse:
         self._chunk = fields
         if usage_in(fields) is not None:
             self._usage_from = dict(fields)
-            if not read(fields.get("choices")) and error is None:
-                return b""  # the usage chunk, which comes last
+        tells_usage = read(fields.get("usage")) is not None
+        if tells_usage and error is None and not read(fields.get("choices")):
+            return b""  # the usage chunk, which comes last
         if not self._wish.shows_usage:
             fields.pop("usage", None)
         return _event(event.name, msgspec.json.encode(fields))
@@ -124,11 +126,18 @@ class ModelCourse:
         return {**source, **known}
 
     def _usage(self) -> msgspec.Raw:
-        if self._usage_from is not None:
-            return self._usage_from["usage"]
-        estimate = charge(self._wish, None, self.delivered)
-        sent, said = estimate.input_tokens or 0, estimate.output_tokens or 0
-        return raw({"prompt_tokens": sent, "completion_tokens": said, "total_tokens": sent + said})
+        """What was charged for: the upstream's own words, unless it counted only a part."""
+        found = self._usage_from or {}
+        charged = charge(self._wish, usage_in(found), self.delivered)
+        if not charged.estimated:
+            return found["usage"]
+        sent, said = charged.input_tokens or 0, charged.output_tokens or 0
+        counts = {"prompt_tokens": sent, "completion_tokens": said, "total_tokens": sent + said}
+        return raw({**(read(found.get("usage")) or {}), **counts})
+
+
+def _is_end(event: Event) -> bool:
+    return event.data is not None and event.data.strip() == _DONE
 
 
 def _event(name: bytes, data: bytes) -> bytes:

@@ -1,7 +1,8 @@
 """What a request to a language model asks for, and how much that is at most."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, NoReturn
 
 import msgspec
@@ -13,6 +14,13 @@ Fields = dict[str, msgspec.Raw]
 
 MOST_CHOICES = 128  # OpenAI's limit
 _LIMITS = ("max_completion_tokens", "max_tokens")  # the first that is named counts
+# What some servers read in place of one of these, or of `n`: a limit that counts here holds there.
+_LIMIT_ELSEWHERE = "n_predict"
+_COUNTS = ("n", "best_of", "n_cmpl")
+_OURS = frozenset(
+    {*_LIMITS, _LIMIT_ELSEWHERE, *_COUNTS, "model", "messages", "tools", "prompt", "input",
+     "stream", "stream_options"}
+)  # fmt: skip
 # Where a data URL stands for an image or a file. Elsewhere it is text, which a model reads.
 _FILES = frozenset({"url", "image_url", "video_url", "audio_url", "file_data", "file_url"})
 
@@ -24,7 +32,7 @@ class Wish:
 
     fields: Fields
     model: Model
-    input_tokens: int  # estimated, at most
+    input_tokens: Fraction  # estimated, at most
     choices: int = 1
     tokens_each: int | None = None
     limits: tuple[str, ...] = ()  # the fields in which the limit is sent
@@ -48,9 +56,14 @@ class Wish:
         fields["model"] = _raw(upstream_id)
         for name in self.limits:
             fields[name] = _raw(self.tokens_each)
+        if _LIMIT_ELSEWHERE in fields and self.tokens_each is not None:
+            wished = _value(fields, _LIMIT_ELSEWHERE)
+            is_less = _is_whole(wished) and 1 <= wished < self.tokens_each
+            fields[_LIMIT_ELSEWHERE] = _raw(wished if is_less else self.tokens_each)
         if self.streams:
             options = _object(self.fields, "stream_options") or {}
-            fields["stream_options"] = _raw({**options, "include_usage": True})
+            others = {k: v for k, v in options.items() if k.casefold() != "include_usage"}
+            fields["stream_options"] = _raw({**others, "include_usage": True})
         return msgspec.json.encode(fields)
 
 
@@ -60,11 +73,17 @@ Read = Callable[[Fields, Mapping[str, Model]], Wish]
 def parse(body: bytes) -> Fields:
     """The fields of a JSON object, unread. Raises `validation_error`."""
     try:
-        return strict_json.decode(body, Fields)
+        fields = strict_json.decode(body, Fields)
     except strict_json.WrongShape:
         raise errors.invalid_body("The body is a JSON object.") from None
     except strict_json.NotJson:
         raise errors.invalid_body("The body is not JSON.") from None
+    for name in fields:
+        # Some servers read names without regard to case, and would take another model than was
+        # priced, or no limit.
+        if name not in _OURS and name.casefold() in _OURS:
+            raise errors.invalid_body(f"Write `{name.casefold()}` in small letters.", name)
+    return fields
 
 
 def read_chat(fields: Fields, models: Mapping[str, Model]) -> Wish:
@@ -74,15 +93,18 @@ def read_chat(fields: Fields, models: Mapping[str, Model]) -> Wish:
     if not isinstance(messages, list):
         _refuse("messages", "a list")
     input_tokens = _input_tokens(messages, _value(fields, "tools"))
-    return _generation(fields, model, input_tokens, _count(fields, "n"))
+    choices = max(_count(fields, "n"), _count(fields, "n_cmpl"))
+    return _generation(fields, model, input_tokens, choices)
 
 
 def read_completion(fields: Fields, models: Mapping[str, Model]) -> Wish:
     """`POST /v1/completions`. Raises `validation_error`, `model_not_found`."""
     model = _model(fields, models)
     prompts, input_tokens = _texts(fields, "prompt")
-    choices = max(_count(fields, "n"), _count(fields, "best_of")) * prompts
-    return _generation(fields, model, input_tokens, choices)
+    choices = max(_count(fields, name) for name in _COUNTS) * prompts
+    wish = _generation(fields, model, input_tokens, choices)
+    # Here OpenAI knows this limit alone, and a server would pass over the other.
+    return replace(wish, limits=tuple(dict.fromkeys([*wish.limits, "max_tokens"])))
 
 
 def read_embedding(fields: Fields, models: Mapping[str, Model]) -> Wish:
@@ -92,7 +114,7 @@ def read_embedding(fields: Fields, models: Mapping[str, Model]) -> Wish:
     return Wish(fields, model, input_tokens)
 
 
-def _generation(fields: Fields, model: Model, input_tokens: int, choices: int) -> Wish:
+def _generation(fields: Fields, model: Model, input_tokens: Fraction, choices: int) -> Wish:
     most, named = model.section.max_output_tokens, []
     for name in _LIMITS:
         value = _value(fields, name)
@@ -126,14 +148,14 @@ def _model(fields: Fields, models: Mapping[str, Model]) -> Model:
     return models[name]
 
 
-def _texts(fields: Fields, name: str) -> tuple[int, int]:
+def _texts(fields: Fields, name: str) -> tuple[int, Fraction]:
     """How many texts there are, and their tokens at most: one text, or a list of them, each a
     string or a list of tokens."""
     value = _value(fields, name)
     if not isinstance(value, str) and (not isinstance(value, list) or not value):
         _refuse(name, "a string, or a list that is not empty")
     is_one = isinstance(value, str) or all(_is_whole(item) for item in value)
-    return 1 if is_one else len(value), _input_tokens(value) + _tokens_given(value)
+    return 1 if is_one else len(value), _input_tokens(value, numbers_count=True)
 
 
 def _count(fields: Fields, name: str) -> int:
@@ -184,10 +206,11 @@ def _refuse(name: str, expected: str) -> NoReturn:
 # Size
 
 
-def _input_tokens(*texts: Any) -> int:
-    """At most so many tokens are in what a model reads: one for three bytes of its strings. A data
-    URL is an image or a file, which no count of bytes says anything of."""
-    size, left = 0, [("", text) for text in texts]
+def _input_tokens(*texts: Any, numbers_count: bool = False) -> Fraction:
+    """At most so many tokens are in what a model reads: one for three bytes of its strings, and one
+    for each number where a text may be given as tokens. A data URL is an image or a file, which no
+    count of bytes says anything of."""
+    size, numbers, left = 0, 0, [("", text) for text in texts]
     while left:
         name, value = left.pop()
         if isinstance(value, str):
@@ -197,11 +220,6 @@ def _input_tokens(*texts: Any) -> int:
             left += value.items()
         elif isinstance(value, list):
             left += [(name, item) for item in value]
-    return -(-size // 3)
-
-
-def _tokens_given(value: Any) -> int:
-    """How many tokens a text has that is given as numbers, or as lists of them."""
-    if not isinstance(value, list):
-        return 0
-    return sum(_tokens_given(item) if isinstance(item, list) else _is_whole(item) for item in value)
+        elif numbers_count and _is_whole(value):
+            numbers += 1
+    return Fraction(size, 3) + numbers

@@ -4,6 +4,7 @@ from calendar import monthrange
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from typing import NamedTuple
 
 from flask import Blueprint, Response, flash, redirect, request
 from flask_login import login_required
@@ -80,7 +81,7 @@ def _home(problem: Refusal | None = None, issued: Issued | None = None) -> Respo
     return show(
         "dashboard/billing.html", problem=problem, issued=issued,
         keys=shown, now=now, older=shown[-1].number if len(listed) > len(shown) else None,
-        scopes=_scopes(),
+        scopes=_scopes([]),
         entries=[entry for _, entry in entries], words=KINDS, month=f"{month_of(None):%Y-%m}",
     )  # fmt: skip
 
@@ -185,7 +186,7 @@ def _one(key: Key, problem: Refusal | None = None) -> Response:
     return show(
         "dashboard/key.html", problem=problem, key=key, now=now, is_now=key.status_at(now),
         expires=_day(key.expires_at),
-        scopes=sorted({*_scopes(), *(key.scopes or ())}),
+        scopes=_scopes(key.scopes or []),
     )  # fmt: skip
 
 
@@ -311,12 +312,21 @@ def _terms() -> Terms:
     )  # fmt: skip
 
 
-def _scopes() -> list[str]:
-    """The scopes that some route asks for, and those that name a model."""
+class Scopes(NamedTuple):
+    """What a form offers to tick: the scopes that routes ask for, and those that name models."""
+
+    of_routes: list[str]
+    of_models: list[str]
+
+
+def _scopes(has: list[str]) -> Scopes:
+    """The scopes there are, and those a key has already."""
     catalog = instance().catalog
-    of_routes = {route.scope for route in catalog.routes if route.scope is not None}
-    of_models = {f"{scopes.MODEL}{model}" for model in catalog.models}
-    return sorted(of_routes | {scope for scope in of_models if keys.is_scope(scope)})
+    found = {route.scope for route in catalog.routes if route.scope is not None} | set(has)
+    found |= {f"{scopes.MODEL}{model}" for model in catalog.models}
+    known = sorted(scope for scope in found if keys.is_scope(scope))
+    of_models = [scope for scope in known if scope.startswith(scopes.MODEL)]
+    return Scopes([scope for scope in known if scope not in of_models], of_models)
 
 
 # The session token

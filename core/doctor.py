@@ -60,7 +60,7 @@ def _models(instance: Instance) -> Iterator[Finding]:
             yield Finding(
                 "warn",
                 f"price {model.id}: {loss.input_tokens} tokens in and {loss.output_tokens} out"
-                f" cost ${loss.cost}, bring ${loss.earned:f}",
+                f" cost ${loss.cost:f}, bring ${loss.earned:f}",
             )
 
 

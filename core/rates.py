@@ -59,7 +59,7 @@ class Loss(NamedTuple):
 
     output_tokens: int
     input_tokens: int
-    cost: str
+    cost: Decimal
     earned: Decimal
 
 
@@ -72,8 +72,8 @@ def loss(model: Model, usd_per_credit: Decimal) -> Loss | None:
     covered = min(section.included_output_tokens, most)
     longest = max(1, window - most)
     for output, sent in ((1, 1), (covered, 1), (most, 1), (most, longest), (0, max(1, window))):
-        cost = model.cost(output, sent)
+        cost = Decimal(model.cost(output, sent) or 0)
         earned = usd_per_credit * model.price(output, sent)
-        if cost is not None and Decimal(cost) > earned:
-            return Loss(output, sent, cost, earned)
+        if cost > earned:
+            return Loss(output, sent, cost.normalize(), earned)
     return None

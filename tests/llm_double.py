@@ -60,7 +60,7 @@ class LlmUpstream(Server):
 
     def __init__(self) -> None:
         super().__init__()
-        self._plays: dict[str, Play] = {}
+        self.plays: dict[str, Play] = {}
         self._names = itertools.count(1)
 
     @property
@@ -70,7 +70,7 @@ class LlmUpstream(Server):
     def stage(self, play: Play) -> str:
         """The name under which a request asks for this answer."""
         name = f"play-{next(self._names)}"
-        self._plays[name] = play
+        self.plays[name] = play
         return name
 
     def heard(self, play: str) -> list[Hit]:
@@ -79,7 +79,7 @@ class LlmUpstream(Server):
 
     def respond(self, exchange: Exchange) -> None:
         asked = json.loads(exchange.hit.body)
-        play = self._plays.get(asked.get("play", ""))
+        play = self.plays.get(asked.get("play", ""))
         if play is None:
             exchange.json(200, polite(asked, exchange.hit.path))
             return

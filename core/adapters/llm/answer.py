@@ -24,6 +24,7 @@ _GAP = re.compile(r"[ \t\n\r]*")
 _JSON = json.JSONDecoder()
 _DEEPEST = 100  # so far down an error is read
 _ERROR = ("message", "type", "param", "code")
+_SHAPE = frozenset({"error", *_ERROR})  # stays, though a model were called so
 
 
 class Usage(NamedTuple):
@@ -211,21 +212,23 @@ class Mask:
     def clean(self, value: Any, depth: int = 0) -> Any:
         """The same value with every string in it masked, and without what is too deep in it."""
         if isinstance(value, str):
-            return self._hide(value).replace(self._model.upstream_id, self._model.id)
+            return self._hide(value)
         if depth == _DEEPEST:
             return None
         if isinstance(value, list):
             return [self.clean(item, depth + 1) for item in value]
         if isinstance(value, dict):
-            # A name of ours is not put into a key: there it is a part of the shape.
-            return {self._hide(key): self.clean(item, depth + 1) for key, item in value.items()}
+            return {
+                key if key in _SHAPE else self._hide(key): self.clean(item, depth + 1)
+                for key, item in value.items()
+            }
         return value
 
     def _hide(self, text: str) -> str:
         text = _writable(text)
         for secret in self._secrets:
             text = text.replace(secret, "…")
-        return _IDS.sub("…", text)
+        return _IDS.sub("…", text).replace(self._model.upstream_id, self._model.id)
 
 
 def _secrets(upstream: UpstreamSection) -> Iterable[str]:

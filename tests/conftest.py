@@ -17,7 +17,7 @@ for folder in (Path(__file__).resolve().parent, Path(__file__).resolve().parent.
 
 from doubles import Twilio, Upstream  # noqa: E402
 from openid_provider import OpenIdProvider, the_openid_provider  # noqa: E402, F401
-from screen import chromium, open_screen  # noqa: E402, F401
+from screen import chromium, left_screens, open_screen  # noqa: E402, F401
 from server import Farebox  # noqa: E402
 
 StartFarebox = Callable[..., Farebox]

@@ -73,9 +73,11 @@ class Screen:
     ) -> None:
         self.box = box
         self.width = width
+        self.height = height
         self.scripts = scripts
         self.scheme = scheme
         self.faults: list[str] = []
+        self._twin: Page | None = None
         self._host = urlsplit(box.url).netloc
         self._expected: tuple[int, ...] = ()
         self._chromium = chromium
@@ -132,8 +134,26 @@ class Screen:
 
     def close(self) -> None:
         """Shut the browser; fails when there was something wrong with what it showed."""
+        if self._twin is not None:
+            self._twin.context.close()
         self.context.close()
         assert not self.faults, "\n".join(self.faults)
+
+    def leave(self) -> None:
+        """As `close`, but somebody else will sit down here: nothing is left that the pages of this
+        person stored, and none of them goes on."""
+        self.page.mouse.move(0, 0)
+        if self.scripts:
+            self.page.evaluate("() => { localStorage.clear(); sessionStorage.clear(); }")
+        self.page.goto("about:blank")
+        self.context.clear_cookies()
+        self.context.clear_permissions()
+        assert not self.faults, "\n".join(self.faults)
+
+    def sit_down(self, width: int = WIDE, height: int = 800, scheme: str = "light") -> None:
+        """Make the window of a browser that was left that wide and high, in that scheme."""
+        self.width, self.height, self.scheme = width, height, scheme
+        _shape(self, self.page)
 
     # What a person does.
 
@@ -232,11 +252,17 @@ class Screen:
             return
         here, shown = self.page.url, re.sub(r"(?s)<script.*?</script>", "", self.page.content())
         shown = re.sub(r"<(/?)noscript\b", r"<\1div", shown)
-        with self._chromium.new_context(**self._options) as context:
-            page = context.new_page()
-            page.route(here, lambda route: route.fulfill(body=shown, content_type="text/html"))
+        if self._twin is None:
+            self._twin = self._chromium.new_context(**self._options).new_page()
+        page = self._twin
+        _shape(self, page)
+        page.route(here, lambda route: route.fulfill(body=shown, content_type="text/html"))
+        try:
             page.goto(here, wait_until="load")
             yield page
+        finally:
+            page.unroute_all()
+            page.context.clear_cookies()
 
     def picture(self) -> None:
         """Keep a picture of the page in the folder that FAREBOX_LOOK names, if it does."""
@@ -248,6 +274,11 @@ class Screen:
             )
             name = f"{words}.{self.width}.{self.scheme}{'' if self.scripts else '.plain'}.png"
             self.page.screenshot(path=Path(folder, name), full_page=True)
+
+
+def _shape(screen: Screen, page: Page) -> None:
+    page.set_viewport_size({"width": screen.width, "height": screen.height})
+    page.emulate_media(color_scheme=screen.scheme)  # type: ignore[arg-type]  # one of its words
 
 
 # Each stop is remembered on the element itself: two that look alike are two stops.
@@ -293,14 +324,47 @@ def chromium() -> Iterator[Browser]:
         yield browser
 
 
+@pytest.fixture(scope="module")
+def left_screens() -> Iterator[list[Screen]]:
+    """Browsers that somebody left. A new one costs more than the pages most tests open in it."""
+    left: list[Screen] = []
+    yield left
+    with contextlib.ExitStack() as stack:
+        for screen in left:
+            stack.callback(screen.close)
+
+
 @pytest.fixture
-def open_screen(chromium: Browser) -> Iterator[OpenScreen]:
-    """`open_screen(box, width=NARROW, scheme="dark", …)`: a `Screen` that is judged at the end."""
+def open_screen(chromium: Browser, left_screens: list[Screen]) -> Iterator[OpenScreen]:
+    """`open_screen(box, width=NARROW, scheme="dark", …)`: a `Screen` that is judged at the end.
+
+    It may be one that another test left, as `Screen.leave` leaves it. `fresh=True` is for a test
+    that does to it what stays: a clock, listeners, a medium.
+    """
     with contextlib.ExitStack() as stack:
 
-        def opened(box: Farebox, **options: Any) -> Screen:
-            screen = Screen(chromium, box, **options)
-            stack.callback(screen.close)
+        def leave(screen: Screen) -> None:
+            try:
+                screen.leave()
+            except BaseException:
+                screen.context.close()
+                raise
+            left_screens.append(screen)
+
+        def opened(box: Farebox, *, fresh: bool = False, **options: Any) -> Screen:
+            if fresh or not options.keys() <= {"width", "height", "scheme", "scripts"}:
+                screen = Screen(chromium, box, **options)
+                stack.callback(screen.close)
+                return screen
+            scripts = options.pop("scripts", True)
+            for screen in left_screens:
+                if (screen.box, screen.scripts) == (box, scripts):
+                    left_screens.remove(screen)
+                    break
+            else:
+                screen = Screen(chromium, box, scripts=scripts)
+            stack.callback(leave, screen)
+            screen.sit_down(**options)
             return screen
 
         yield opened

@@ -159,7 +159,7 @@ def test_a_session_token_is_revealed_refreshed_and_revoked(
 def test_an_open_page_renews_its_token_with_the_token(
     box: Farebox, open_screen: OpenScreen
 ) -> None:
-    screen = open_screen(box)
+    screen = open_screen(box, fresh=True)
     screen.context.clock.install()
     screen.sign_in(OWNER)
     page = screen.open("/dashboard/billing")
@@ -185,7 +185,7 @@ def test_an_open_page_renews_its_token_with_the_token(
 def test_a_page_says_so_when_its_token_can_be_renewed_no_more(
     box: Farebox, open_screen: OpenScreen
 ) -> None:
-    screen = open_screen(box)
+    screen = open_screen(box, fresh=True)
     screen.context.clock.install()
     screen.sign_in(OWNER)
     page = screen.open("/dashboard/billing")
@@ -443,7 +443,7 @@ def test_a_key_is_made_and_revoked_by_keyboard_alone(
 def test_a_statement_prints_without_what_is_for_the_screen(
     box: Farebox, open_screen: OpenScreen
 ) -> None:
-    screen = open_screen(box)
+    screen = open_screen(box, fresh=True)
     screen.sign_in(OWNER)
     page = screen.open("/dashboard/billing/statement")
     page.emulate_media(media="print")

@@ -26,6 +26,7 @@ check: .venv/dev-installed ## format, lint, types, as CI does
 
 bench: .venv/dev-installed ## Farebox beside a bare pass-through
 	@$(BIN)/python bench/run.py
+	@$(BIN)/python bench/streams.py
 	@$(BIN)/python bench/ledger.py
 
 bench-pages: .venv/dev-installed ## the dashboard over a million calls, beside an empty one

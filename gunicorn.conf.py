@@ -1,6 +1,8 @@
 """How gunicorn serves Farebox. Everything an operator may set comes from the environment."""
 
+import contextlib
 import os
+import resource
 import socket
 import sys
 
@@ -9,6 +11,12 @@ from config import exit_with, instance_folder, load_or_exit
 from core import firstrun
 from core.instance import Instance
 from core.upkeep import Upkeep
+
+# A call in flight takes six descriptors. The usual limit of 1,024 is there for programs that could
+# not bear more, of which this is none.
+_most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+with contextlib.suppress(OSError, ValueError):  # macOS has a limit that it does not tell
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_most, _most))
 
 firstrun.prepare_folder(instance_folder())
 _settings = load_or_exit()

@@ -1,4 +1,7 @@
-"""What Farebox is compared with: Flask and urllib3 passing a POST through, and nothing else."""
+"""What Farebox is compared with: Flask and urllib3 passing a POST through, and nothing else.
+
+What streams is passed on as it arrives.
+"""
 
 import os
 
@@ -14,5 +17,10 @@ app = Flask(__name__)
 def forward(path: str) -> Response:
     """The upstream's status, body and content type for the request's body."""
     headers = {"Content-Type": request.content_type or "application/json"}
-    answer = pool.request("POST", f"{UPSTREAM}/{path}", body=request.get_data(), headers=headers)
-    return Response(answer.data, answer.status, content_type=answer.headers["Content-Type"])
+    answer = pool.request(
+        "POST", f"{UPSTREAM}/{path}", body=request.get_data(), headers=headers,
+        preload_content=False,
+    )  # fmt: skip
+    kind = answer.headers["Content-Type"]
+    body = answer.stream() if kind.startswith("text/event-stream") else answer.data
+    return Response(body, answer.status, content_type=kind)

@@ -15,8 +15,10 @@ The upstream is a double that does what the request's own `plan` says, field by 
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
+import resource
 import socket
 import struct
 import threading
@@ -516,11 +518,25 @@ def test_what_is_said_in_a_silence_stands_between_events(
 # As many as there are threads
 
 
+@contextlib.contextmanager
+def one_descriptor_fewer() -> Iterator[int]:
+    """What starts now may have one file less than it could ask for: the number of those."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard - 1, hard))
+    try:
+        yield hard
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_every_thread_of_every_worker_serves_a_stream(
     start_farebox: StartFarebox, model: Model
 ) -> None:
     # Whichever worker accepts it: one that is full must leave a client to the other.
-    box = start_farebox(config(model), workers=2, threads=30)
+    with one_descriptor_fewer() as most:
+        box = start_farebox(config(model), workers=2, threads=30)
+    for worker in box.workers():
+        assert resource.prlimit(worker, resource.RLIMIT_NOFILE) == (most, most)
     _, key = box.account(60 * (BASE + 40))
     plan = {"chunks": 2, "gate": "idle", "free": 1, "usage": "limit"}
     clients = all_at_once(60, lambda _: Client(box, key, plan, max_tokens=40))

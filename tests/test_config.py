@@ -841,7 +841,7 @@ def test_the_config_of_the_first_run_loads_and_says_what_it_does(tmp_path: Path)
 
 def test_the_commented_lines_of_the_first_config_load_too(tmp_path: Path) -> None:
     text = (ROOT / "templates" / "farebox.toml").read_text("utf-8")
-    lines = [re.sub(r"^# (?=\[|[a-z_]+ =)", "", line) for line in text.splitlines()]
+    lines = [re.sub(r"^# (?=\[|[a-z0-9_]+ =)", "", line) for line in text.splitlines()]
     (tmp_path / "i").mkdir()
     (tmp_path / "i" / "privy.pem").write_text(pem(ed25519.Ed25519PrivateKey.generate))
     settings = told(
@@ -850,11 +850,13 @@ def test_the_commented_lines_of_the_first_config_load_too(tmp_path: Path) -> Non
         TWILIO_ACCOUNT_SID="AC1",
         TWILIO_AUTH_TOKEN="t",
         LOOKUP_KEY="k",
+        OPENAI_API_KEY="o",
         SMTP_PASSWORD="p",
         GOOGLE_SECRET="g",
     )
-    assert set(settings.upstreams) == {"sandbox", "sms", "lookup"}
-    assert len(settings.routes) == 2
+    assert set(settings.upstreams) == {"sandbox", "sms", "lookup", "llm"}
+    assert len(settings.routes) == 3
+    assert [model.id for model in settings.models] == ["qwen3-8b"]
     assert [section.issuer for section in settings.issuers] == ["privy.io"]
     assert set(settings.oidc) == {"google"}
     assert settings.smtp is not None

@@ -3,6 +3,7 @@
 The upstream is a double that does what the request's own `plan` says, field by field:
 
     chunks      so many events of content, `TOKENS` tokens each (10 unless said)
+    tokens      so many in each of them instead
     gate        each event from number `free` on (0 unless said) waits for a pass of that gate, and
                 so does what comes after the last one
     usage       the output tokens it says it was; what `max_tokens` allows when it says "limit"
@@ -16,6 +17,7 @@ The upstream is a double that does what the request's own `plan` says, field by 
 from __future__ import annotations
 
 import contextlib
+import gc
 import http.client
 import json
 import resource
@@ -36,11 +38,11 @@ from inprocess import HOST, Box
 from server import Farebox, until
 from werkzeug.test import create_environ
 
+from core import upstream
 from core.adapters.llm.course import ModelCourse
 
 BASE = 10  # credits a request, and one a token of output: the price can be had in one's head
 TOKENS = 10  # in each event's content, at four bytes each
-WORDS = "w" * (4 * TOKENS)
 PATH = "/v1/chat/completions"
 
 T = TypeVar("T")
@@ -48,6 +50,11 @@ T = TypeVar("T")
 
 class Model(Server):
     """An OpenAI-compatible upstream, at /one/v1 and at /two/v1."""
+
+    @property
+    def open_connections(self) -> int:
+        with self._lock:
+            return len(self._connections)
 
     @property
     def open_streams(self) -> int:
@@ -72,7 +79,8 @@ class Model(Server):
             exchange.chunk(event({"choices": [{"index": 0, "delta": {}}], "usage": usage}))
         for number in range(plan.get("chunks", 10)):
             self._pass(exchange, plan, number)
-            delta = {"role": "assistant", "content": WORDS}
+            words = "w" * 4 * plan.get("tokens", TOKENS)
+            delta = {"role": "assistant", "content": words}
             exchange.chunk(event({"choices": [{"index": 0, "delta": delta}]}))
         self._pass(exchange, plan, plan.get("chunks", 10))
         if plan.get("cut"):
@@ -98,6 +106,9 @@ def event(more: dict[str, Any]) -> bytes:
     return f"data: {json.dumps(head | more)}\n\n".encode()
 
 
+LARGE = 1_700_000  # tokens: more content than the kernel's buffers take
+
+
 def config(model: Model) -> str:
     sections = [
         f"""
@@ -113,6 +124,7 @@ max_output_tokens = {most}
             ("m", "one", 1000),
             ("short", "one", 40),
             ("gone", "nobody", 40),
+            ("large", "one", LARGE),
         )
     ]
     upstreams = {
@@ -389,6 +401,20 @@ def test_whoever_leaves_pays_for_what_was_delivered_and_no_more(box: Farebox, mo
     box.ledger_ok()
 
 
+def test_of_what_is_too_large_to_be_sent_at_once_the_part_counts_that_was(
+    box: Farebox, model: Model
+) -> None:
+    _, key = box.account(BASE + LARGE)
+    client = Client(box, key, {"chunks": 1, "tokens": LARGE}, model="large", max_tokens=LARGE)
+    while len(client.seen) < 400_000:
+        client.seen += client.sock.recv(65536)
+    client.leave(abruptly=True)
+    left = box.settled(key)
+    (call,) = box.calls(key)
+    assert call["captured"] == BASE + LARGE - left == BASE + call["output_tokens"]
+    assert 50_000 < call["output_tokens"] < LARGE and call["estimated"]
+
+
 def test_whoever_leaves_when_the_usage_is_known_pays_by_it(box: Farebox, model: Model) -> None:
     _, key = box.account(2000)
     plan = {"chunks": 5, "gate": "early", "free": 3, "usage": 27, "early": True}
@@ -481,6 +507,25 @@ def test_an_upstream_that_never_ends_its_answer_keeps_nobody_waiting(
     assert box.settled(key) == 1000 - BASE - 3
 
 
+def test_connections_that_are_too_many_to_keep_are_closed_at_once(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream, "_IDLE_WIRES", 2)
+    before = model.open_connections
+    wires, body = upstream.Wires(), asking({"chunks": 1})
+    request = upstream.Outbound("POST", f"{model.url}/one/v1{PATH}", [], body, 20, 20)
+    replies = [wires.send(request) for _ in range(5)]
+    gc.disable()  # it would find them in the end
+    try:
+        for reply in replies:
+            assert reply.read(100_000)[1]
+        until(lambda: model.open_connections == before + 2, what="three are closed")
+    finally:
+        gc.enable()
+    assert wires.send(request).status == 200
+    assert len({hit.connection for hit in model.hits()}) == 5, "the others are used again"
+
+
 # Silence
 
 
@@ -508,9 +553,7 @@ def test_what_is_said_in_a_silence_stands_between_events(
         spoken = ["" if part == ": still there" else part for part in events]
         assert sum(part == "" for part in spoken) >= 8
         others = [part for part in spoken if part]
-        assert [json.loads(part[6:])["choices"][0]["delta"]["content"] for part in others[:3]] == [
-            WORDS
-        ] * 3
+        assert all(part.startswith("data: {") and "wwww" in part for part in others[:3])
         assert others[3:] == ["data: [DONE]"]
         assert box.standing(payer) == (1000 - BASE - 3, 0)
 

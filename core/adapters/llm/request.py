@@ -1,8 +1,9 @@
 """What a request to a language model asks for, and how much that is at most."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import compress, repeat
 from typing import Any, NoReturn
 
 import msgspec
@@ -23,6 +24,8 @@ _OURS = frozenset(
 )  # fmt: skip
 # Where a data URL stands for an image or a file. Elsewhere it is text, which a model reads.
 _FILES = frozenset({"url", "image_url", "video_url", "audio_url", "file_data", "file_url"})
+_READ = frozenset({str, dict, list})  # kinds of values with something to read in them
+_MOST_PARTS = 10**6  # lists and objects; text of so many tokens is more than a model takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +75,8 @@ Read = Callable[[Fields, Mapping[str, Model]], Wish]
 
 def parse(body: bytes) -> Fields:
     """The fields of a JSON object, unread. Raises `validation_error`."""
+    if body.count(b"[") + body.count(b"{") > _MOST_PARTS:
+        raise errors.invalid_body("The body has more lists and objects than are read here.")
     try:
         fields = strict_json.decode(body, Fields)
     except strict_json.WrongShape:
@@ -210,16 +215,24 @@ def _input_tokens(*texts: Any, numbers_count: bool = False) -> Fraction:
     """At most so many tokens are in what a model reads: one for three bytes of its strings, and one
     for each number where a text may be given as tokens. A data URL is an image or a file, which no
     count of bytes says anything of."""
-    size, numbers, left = 0, 0, [("", text) for text in texts]
+    size = numbers = 0
+    # What is being read, outermost first. A body may be millions of values, so they are not listed
+    # once more, and those that count nothing are passed over without a step of Python for each.
+    left: list[Iterator[tuple[str, Any]]] = [zip(repeat(""), texts, strict=False)]
     while left:
-        name, value = left.pop()
-        if isinstance(value, str):
-            is_file = name in _FILES and value[:5].lower() == "data:"
-            size += 0 if is_file else len(value.encode())
-        elif isinstance(value, dict):
-            left += value.items()
-        elif isinstance(value, list):
-            left += [(name, item) for item in value]
-        elif numbers_count and _is_whole(value):
-            numbers += 1
+        for name, value in left[-1]:
+            if isinstance(value, str):
+                is_file = name in _FILES and value[:5].lower() == "data:"
+                size += 0 if is_file else len(value.encode())
+            elif isinstance(value, dict):
+                left.append(iter(value.items()))
+                break
+            elif isinstance(value, list) and value:
+                if numbers_count:
+                    numbers += list(map(type, value)).count(int)
+                read = compress(value, map(_READ.__contains__, map(type, value)))
+                left.append(zip(repeat(name), read, strict=False))
+                break
+        else:
+            left.pop()
     return Fraction(size, 3) + numbers

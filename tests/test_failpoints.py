@@ -50,6 +50,21 @@ path = "/api/v1/far"
 methods = ["POST"]
 upstream = "far"
 credits = 3
+
+[upstreams.llm]
+kind = "openai"
+base_url = "http://upstream.invalid/v1"
+
+[[routes]]
+path = "/v1/chat/completions"
+methods = ["POST"]
+upstream = "llm"
+adapter = "chat"
+
+[[models]]
+id = "m"
+credits_per_request = 3
+credits_per_1k_tokens = 1000
 """
 GRANTED = 1_000_000
 SMS = json.dumps({"to": "+18148835337", "message": "hi"}).encode()
@@ -268,9 +283,31 @@ class Scenario:
     far: Far
     key: bool = False
     streamed: bool = False
+    cut: frozenset[int] = frozenset()  # what it may cost when not all of it came, beside nothing
+
+
+def told(**fields: object) -> bytes:
+    return b"data: " + json.dumps(fields).encode() + b"\n\n"
+
+
+def said(text: str) -> bytes:
+    return told(model="m", choices=[{"index": 0, "delta": {"content": text}}])
 
 
 EVENTS = {"content-type": "text/event-stream"}
+CHAT = "/v1/chat/completions"
+ASKED = json.dumps({"model": "m", "messages": [], "stream": True}).encode()
+# A credit a token: ten of them by the usage that comes last, and until then one for four letters.
+TOLD = Far(
+    200,
+    EVENTS,
+    [
+        said("eight in"), said("four"), b": a comment\n\n",
+        told(model="m", choices=[], usage={"prompt_tokens": 1, "completion_tokens": 10}),
+        b"data: [DONE]\n\n",
+    ],
+)  # fmt: skip
+PARTLY = frozenset({3 + 1, 3 + 2, 3 + 3, 3 + 10})  # a byte of the first, all of it, both, all
 SCENARIOS = {
     "a message": Scenario("/api/v1/sms/send", SMS, 1, Far()),
     "a message with an idempotency key": Scenario("/api/v1/sms/send", SMS, 1, Far(), key=True),
@@ -284,6 +321,14 @@ SCENARIOS = {
     "an answer too large to be read whole": Scenario(
         "/api/v1/far", b"{}", 3,
         Far(200, {"content-type": "application/pdf"}, [b"x" * 700_000] * 3), streamed=True,
+    ),
+    "a model's stream": Scenario(CHAT, ASKED, 13, TOLD, streamed=True, cut=PARTLY),
+    "a model's stream with an idempotency key": Scenario(
+        CHAT, ASKED, 13, TOLD, True, True, PARTLY
+    ),
+    "a model's stream that tells an error alone": Scenario(
+        CHAT, ASKED, 0, Far(200, EVENTS, [told(error={"message": "no"}), b"data: [DONE]\n\n"]),
+        streamed=True,
     ),
     "an upstream that refuses": Scenario("/api/v1/far", b"{}", 0, Far(422)),
     "an upstream that fails": Scenario("/api/v1/far", b"{}", 0, Far(500)),
@@ -335,12 +380,13 @@ def after(world: World, scenario: Scenario, seen: Outcome, before: int, sent: in
     charged = world.spent() - before
     if scenario.streamed and seen.status == 200:
         # The first chunk counts as delivered once more is asked for.
-        allowed = {scenario.price} if seen.whole else {0, scenario.price} if seen.body else {0}
+        partly = {0, scenario.price, *scenario.cut} if seen.body else {0}
+        allowed = {scenario.price} if seen.whole else partly
     else:
         allowed = {scenario.price if seen.status < 300 else 0}
     if charged not in allowed:
         yield f"{charged} credits were charged, not {allowed}"
-    if charged and scenario.path.endswith("far") and world.sent == sent:
+    if charged and not scenario.path.endswith("send") and world.sent == sent:
         yield "a call was charged that never went out"
     if world.reply is not None and not world.reply.closed and world.sent > sent:
         yield "the upstream's connection was not let go"
@@ -417,7 +463,9 @@ def disk() -> Iterator[Points]:
     vfs.unregister()
 
 
-@pytest.mark.parametrize("name", ["a message with an idempotency key", "a stream"])
+@pytest.mark.parametrize(
+    "name", ["a message with an idempotency key", "a stream", "a model's stream"]
+)
 def test_a_disk_that_fails_at_any_write_or_flush_charges_nothing_wrongly(
     disk: Points, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -282,13 +282,14 @@ class Open(NamedTuple):
     held: int
     created_at: int
     incarnation: str
+    model: str | None
 
 
 def open_now(tx: Tx, most: int) -> list[Open]:
     """The calls in flight, the oldest first."""
     rows = tx.rows(
         "SELECT request_id, account_id, route, payer, key_id, user_id, held, created_at,"
-        " incarnation FROM call WHERE status = 'held' ORDER BY created_at LIMIT :most",
+        " incarnation, model FROM call WHERE status = 'held' ORDER BY created_at LIMIT :most",
         {"most": most},
     )
     return [Open(*row) for row in rows]

@@ -22,6 +22,9 @@ from inprocess import Box, Clock
 from screen import NARROW, WIDE, OpenScreen, look
 from server import OPERATOR_KEY, Answer, Farebox
 
+from core import ledger
+from core.ledger import Outcome
+
 NOW = "2027-03-05T12:00:00Z"
 USAGE = "/dashboard/usage"
 CHAT, EMBEDDINGS, SMS = "/v1/chat/completions", "/v1/embeddings", "/api/v1/sms/send"
@@ -467,6 +470,15 @@ def test_margins_of_models_and_of_their_routes_are_exact(tmp_path: Path, hand: C
 def _places(amount: Decimal) -> str:
     text = f"{amount:,.4f}"
     return text[:-2] if text.endswith("00") else text
+
+
+def test_a_call_in_flight_is_listed_with_its_model(box: Box) -> None:
+    boss = visitor(box, "--operator")
+    call = begin(box, account_of(box, boss.email), CHAT, 3)
+    box.run("UPDATE call SET model = 'small' WHERE id = :id", id=call)
+    (row,) = [row for row in boss.open("/admin/calls").table("For") if call in row[1]]
+    assert row[1] == f"{CHAT} small {call}"
+    box.write(lambda tx: ledger.void(tx, call, Outcome(None, None)))
 
 
 def test_health_knows_who_serves_a_model_and_who_stands_in(tmp_path: Path, hand: Clock) -> None:

@@ -182,6 +182,9 @@ SPOKEN: dict[str, tuple[dict[str, Any], int]] = {
     "the arguments of a function": (
         {"choices": [{"message": message(None, function_call={"arguments": "{}"})}]}, 2,
     ),
+    "what is spoken aloud": (
+        {"choices": [{"message": message(None, audio={"data": "AAAA", "transcript": "Hello"})}]}, 5,
+    ),
     "things in odd places": (
         {"choices": [1, None, {"message": 1}, {"message": message("Hi", tool_calls={"a": 1})},
                      {"message": message(None, tool_calls=[1, {"function": 2}], refusal=3)}]},

@@ -11,6 +11,7 @@ import gzip
 import http.client
 import itertools
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from math import ceil
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from inprocess import Payer
 from llm_double import (
     CHAT,
@@ -48,6 +51,7 @@ from llm_double import (
 )
 from server import OPERATOR_KEY, Farebox, until
 
+from core import sse
 from core.adapters.llm import course
 
 GRANTED = 1_000_000
@@ -382,6 +386,44 @@ def check_final(this: Case, final: list[Any], charged: int) -> None:
     assert value["usage"]["completion_tokens"] == made
 
 
+# How bytes become events; in what pieces the network brings them cannot be told to it.
+
+fragments = st.sampled_from(
+    [b"data: a", b"data:b", b"data", b"data:  c ", b": d", b":", b"event: e", b"event", b"id: 1",
+     b"x", BOM, b"\xc3", b"\n", b"\r", b"\r\n", b"\n\n", b"\r\r", b"\r\n\r\n"]
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(fragments, max_size=20).map(b"".join), st.lists(st.integers(0, 60), max_size=8))
+def test_events_are_the_same_however_their_bytes_are_cut(stream: bytes, cuts: list[int]) -> None:
+    parser = sse.Parser()
+    marks = sorted({0, len(stream), *(cut for cut in cuts if cut < len(stream))})
+    found = [e for a, b in itertools.pairwise(marks) for e in parser.feed(stream[a:b])]
+    assert [tuple(e) for e in (*found, *parser.finish())] == events_of(stream)
+
+
+def events_of(stream: bytes) -> list[tuple[bytes, bytes | None]]:
+    """What stands in a whole stream, as the standard reads it, and its unended last event."""
+    found: list[tuple[bytes, bytes | None]] = []
+    block: list[bytes] = []
+    for line in [*re.split(rb"\r\n|\n|\r", stream.removeprefix(BOM)), b""]:
+        if line:
+            block.append(line)
+            continue
+        fields = [(name, value.removeprefix(b" ")) for name, _, value in map(_parted, block)]
+        data = [value for name, value in fields if name == b"data"]
+        names = [value for name, value in fields if name == b"event"]
+        if block:
+            found.append((names[-1] if names else b"", b"\n".join(data) if data else None))
+        block = []
+    return found
+
+
+def _parted(line: bytes) -> tuple[bytes, bytes, bytes]:
+    return line.partition(b":")
+
+
 def test_usage_of_every_chunk_is_shown_to_who_asked_for_usage(
     box: LlmBox, llm: LlmUpstream, payer: Payer
 ) -> None:
@@ -439,14 +481,24 @@ def test_an_error_within_a_stream_has_the_shape_of_openais_and_no_secret(
 def test_an_event_without_end_breaks_the_stream_off(
     box: LlmBox, llm: LlmUpstream, payer: Payer, first: list[bytes]
 ) -> None:
-    endless = [b"data: ", *[b"x" * MIB] * 8, b"x" * 100_000]
-    this = replace(broken(*first, *endless), text="Hello" if first else "", free=not first)
+    pieces = [b"data: ", *[b"x" * MIB] * 8, b"x" * 100_000]
+    endless = broken(*first, *pieces, ending="whole")
+    this = replace(endless, text="Hello" if first else "", free=not first)
     told = box.tell(payer, asked(this, llm, True))
     check_record(this, told)
     if first:
         check_what_was_heard(this, told, True, 0)
     else:
         assert (told.answer.status, told.broke) == (200, True)
+
+
+def test_a_stream_may_be_as_large_as_it_likes_in_events_that_are_not(
+    box: LlmBox, llm: LlmUpstream, payer: Payer
+) -> None:
+    this = case(*[event(said("x" * MIB))] * 9, DONE, text="x" * MIB * 9)
+    told = box.tell(payer, asked(this, llm, False))
+    check_record(this, told)
+    assert (told.broke, told.heard.done) == (False, 1)
 
 
 def test_a_large_event_in_small_pieces_takes_time_in_proportion(

@@ -156,6 +156,8 @@ def _said(choices: list[Any]) -> Iterable[Any]:
                 continue
             yield from (message.get(name) for name in _SPOKEN)
             yield message.get("reasoning_content") or message.get("reasoning")  # some send it twice
+            audio = message.get("audio")
+            yield audio.get("transcript") if isinstance(audio, dict) else None
             calls = message.get("tool_calls")
             functions = [
                 call.get(kind)

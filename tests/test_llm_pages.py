@@ -473,7 +473,7 @@ def _places(amount: Decimal) -> str:
 
 
 def test_a_call_in_flight_is_listed_with_its_model(box: Box) -> None:
-    boss = visitor(box, "--operator")
+    boss = visitor(box, "--operator", credits=5)
     call = begin(box, account_of(box, boss.email), CHAT, 3)
     box.run("UPDATE call SET model = 'small' WHERE id = :id", id=call)
     (row,) = [row for row in boss.open("/admin/calls").table("For") if call in row[1]]

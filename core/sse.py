@@ -37,9 +37,9 @@ class Parser:
         if not data:
             return []
         self._after_cr = data.endswith(b"\r")
-        self._size += len(data)
         first, *others = _BREAK.split(data)
         self._line.append(first)
+        self._size += len(first)
         found = []
         for line in others:
             event = self._end_line()
@@ -47,6 +47,7 @@ class Parser:
                 found.append(event)
                 self._size = 0
             self._line = [line]
+            self._size += len(line)
         if self._size > LARGEST_EVENT:
             raise errors.provider_error("An event of the upstream's answer is too large.")
         return found

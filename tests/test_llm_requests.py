@@ -224,6 +224,18 @@ def test_what_is_set_aside_and_the_limit_that_is_sent_are_the_contracts(
     assert box.standing(payer) == (credits - charged, 0)
 
 
+@pytest.mark.parametrize("credits", [0, 7, 8])
+def test_who_cannot_pay_for_what_was_asked_is_told_the_whole_price_of_it(
+    box: LlmBox, credits: int
+) -> None:
+    """Eight credits are a request's price, but what is read costs a little too."""
+    told = box.tell(box.payer(credits), chat())
+    size = Fraction(read_by_the_model(chat()["messages"]), 3)
+    assert (told.answer.status, told.answer.json()["required"]) == (402, RATES.price(4096, size))
+    one_more = box.tell(box.payer(9), chat()).answer
+    assert one_more.headers["X-Max-Tokens-Clamped"] == str(most_within(RATES, 1, size, 9))
+
+
 def test_a_limit_of_the_member_lowers_an_answer_too(box: LlmBox, llm: LlmUpstream) -> None:
     owner = person(box, GRANTED)
     member = joined(box, owner, credit_limit=50, credit_period="month")

@@ -394,7 +394,7 @@ fragments = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(fragments, max_size=20).map(b"".join), st.lists(st.integers(0, 60), max_size=8))
 def test_events_are_the_same_however_their_bytes_are_cut(stream: bytes, cuts: list[int]) -> None:
     parser = sse.Parser()

@@ -5,7 +5,7 @@ The upstream is a double that does what the request's own `plan` says, field by 
     chunks      so many events of content, `TOKENS` tokens each (10 unless said)
     tokens      so many in each of them instead
     gate        each event from number `free` on (0 unless said) waits for a pass of that gate, and
-                so does what comes after the last one
+                so does what comes after the last one; the head, where `free` is -1
     usage       the output tokens it says it was; what `max_tokens` allows when it says "limit"
     early       the usage comes before the events, in a chunk that has a choice
     status      an error of that status, at once
@@ -69,6 +69,7 @@ class Model(Server):
         if status != 200:
             exchange.json(status, {"error": {"message": "not now", "type": "busy"}})
             return
+        self._pass(exchange, plan, -1)
         kind = ("Content-Type", "text/event-stream")
         exchange.head(200, [kind, ("Transfer-Encoding", "chunked")])
         tokens = plan.get("usage")
@@ -424,6 +425,25 @@ def test_whoever_leaves_when_the_usage_is_known_pays_by_it(box: Farebox, model: 
     assert box.settled(key) == 2000 - BASE - 27
     (call,) = box.calls(key)
     assert (call["output_tokens"], call["estimated"]) == (27, False)
+
+
+def test_whoever_leaves_before_a_word_was_delivered_pays_nothing(
+    box: Farebox, model: Model
+) -> None:
+    _, key = box.account(2000)
+    # Gone before the answer began, in both ways; and with the usage known, but nothing said yet.
+    for number in (1, 2):
+        plan = {"gate": f"head {number}", "free": -1, "usage": 27}
+        client = Client(box, key, plan, max_tokens=100)
+        hit = model.wait_for(number)[-1]
+        client.leave(abruptly=number == 1)
+        model.gate(f"head {number}").open()
+        model.wait_ended(hit)
+    client = Client(box, key, {"gate": "known", "usage": 27, "early": True}, max_tokens=100)
+    client.read_until(b'"delta"')
+    client.leave()
+    assert box.settled(key) == 2000
+    assert [call["status"] for call in box.calls(key)] == ["voided"] * 3
 
 
 def test_a_client_that_only_stops_sending_has_not_left(box: Farebox, model: Model) -> None:

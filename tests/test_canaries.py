@@ -48,15 +48,15 @@ class Saboteur(importlib.abc.MetaPathFinder):
             execute(module)
             outbound = module.Forward.outbound
 
-            def broken(self, route, inbound, order):
+            def broken(self, route, inbound, order, upstream):
                 if "/break" in inbound.path:
                     raise RuntimeError(
                         f"sabotage: {inbound.headers.get('authorization')}"
-                        f" {route.upstream.headers}"
+                        f" {upstream.headers}"
                         f" {os.environ['FAREBOX_OPERATOR_KEY']} {os.environ['TWILIO_CANARY']}"
                         f" {os.environ['FAREBOX_SECRET_KEY']}"
                     )
-                return outbound(self, route, inbound, order)
+                return outbound(self, route, inbound, order, upstream)
 
             module.Forward.outbound = broken
 

@@ -423,7 +423,8 @@ def test_margins_of_models_and_of_their_routes_are_exact(tmp_path: Path, hand: C
         chat(box, key, "small", "sandbox: words 900")  # too long ago to count
         hand.set(NOW)
         first = chat(box, key, "small", "sandbox: words 640", max_tokens=900)
-        chat(box, key, "small")
+        another, _ = box.key(account_of(box, me.email))  # so that there are several sums to add
+        chat(box, another, "small", "sandbox: words 30")
         chat(box, key, "small", "sandbox: 500")
         chat(box, key, "cheap", "sandbox: words 5000")
         box.post(EMBEDDINGS, key, {"model": "small", "input": "a b c d"})

@@ -211,7 +211,7 @@ def test_the_summary_by_model_is_what_the_overview_says(box: Box, world: World) 
     assert small["failed"] == 2
 
 
-@pytest.mark.parametrize("first", ["2027-02-01", "2027-02-04", "2027-03-05"])
+@pytest.mark.parametrize("first", ["2027-02-01", "2027-03-05"])
 @pytest.mark.parametrize("status", ["", "captured", "voided", "held"])
 @pytest.mark.parametrize("key", ["", "other"])
 @pytest.mark.parametrize("model", ["", "small", "=1+1", "gone"])
@@ -426,18 +426,19 @@ def test_margins_of_models_and_of_their_routes_are_exact(tmp_path: Path, hand: C
         another, _ = box.key(account_of(box, me.email))  # so that there are several sums to add
         chat(box, another, "small", "sandbox: words 30")
         chat(box, key, "small", "sandbox: 500")
-        chat(box, key, "cheap", "sandbox: words 5000")
+        second = chat(box, key, "cheap", "sandbox: words 5000")
         box.post(EMBEDDINGS, key, {"model": "small", "input": "a b c d"})
         box.sms(key)
         calls = [c for c in me.api("/api/v1/usage") if c["created_at"] >= "2027-03-05"]
-        assert box.cli("credits", "refund", first.request_id).exit_code == 0
+        for answer in (first, second):
+            assert box.cli("credits", "refund", answer.request_id).exit_code == 0
         page = visitor(box, "--operator").open("/admin/prices")
-        refunded = priced(640, 3)
+        refunded = {"small": priced(640, 3), "cheap": 1, CHAT: priced(640, 3) + 1}
         for part, rows in (("route", page.table("Route")), ("model", page.table("Model"))):
             for row in rows:
                 name = row[0].split()[0]
                 mine = [call for call in calls if call[part] == name]
-                back = refunded if name in ("small", CHAT) else 0
+                back = refunded.get(name, 0)
                 spent = sum(call["captured"] for call in mine) - back
                 cost = sum((Decimal(call["cost_usd"] or 0) for call in mine), Decimal(0))
                 margin = spent * Decimal("0.01") - cost

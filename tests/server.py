@@ -268,20 +268,30 @@ class Farebox:
 
     def set_up(self, *words: str, stdin: str | None = None) -> str:
         """As `flask`, but in this process, without the half second that a command takes to start:
-        for what a test needs and is not about. A command finds what it would find in a process of
-        its own: the configuration as it is now, and a database that nobody here has open."""
+        for what a test needs and is not about."""
+        with self._commands() as run:
+            return run(*words, stdin=stdin)
+
+    @contextlib.contextmanager
+    def _commands(self) -> Iterator[Callable[..., str]]:
+        """Runs commands in this process. They find what they would find in one of their own: the
+        configuration as it is now, and a database that nobody here has open."""
         firstrun.prepare_folder(self.instance)
         app = create_app(load(self.environment))
         database: Database = app.extensions["farebox"].db
-        try:
+
+        def run(*words: str, stdin: str | None = None) -> str:
             done = app.test_cli_runner().invoke(args=list(words), input=stdin)
+            if done.exit_code != 0:
+                raise CommandFailed(f"flask {' '.join(words)}: {done.exit_code}\n{done.output}")
+            return done.stdout.strip()
+
+        try:
+            yield run
         finally:
             with database.reading() as tx:
                 tx._connection.close()
             database.close()
-        if done.exit_code != 0:
-            raise CommandFailed(f"flask {' '.join(words)}: {done.exit_code}\n{done.output}")
-        return done.stdout.strip()
 
     def log(self) -> str:
         """Everything the instance wrote to standard output and standard error."""
@@ -315,10 +325,11 @@ class Farebox:
     def account(self, credits: int = 57, *key_options: str) -> tuple[str, str]:
         """A new user with that many credits and an API key; their e-mail and key."""
         email = f"user{next(_names)}@example.com"
-        self.set_up("users", "add", email)
-        if credits:
-            self.set_up("credits", "grant", email, str(credits))
-        return email, self.key(email, *key_options)
+        with self._commands() as run:
+            run("users", "add", email)
+            if credits:
+                run("credits", "grant", email, str(credits))
+            return email, run("keys", "add", email, "--name", f"key {next(_names)}", *key_options)
 
     def key(self, email: str, *options: str) -> str:
         """Another API key for the user's account."""

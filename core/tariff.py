@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from decimal import Decimal, localcontext
 from fractions import Fraction
-from math import ceil
 
 from config import ModelSection, UpstreamSection
 
@@ -55,7 +54,7 @@ class Model:
             return 10**15
         return self.section.included_output_tokens + left // self.output_rate
 
-    def cost(self, output_tokens: int, input_tokens: int | Fraction) -> str | None:
+    def cost(self, output_tokens: int, input_tokens: int) -> str | None:
         """What so many tokens cost the operator in dollars, as a decimal string, if it is known."""
         rates = (self.section.cost_usd_per_1m_output, self.section.cost_usd_per_1m_input)
         if rates == (None, None):
@@ -64,7 +63,7 @@ class Model:
             total = sum(
                 (
                     Decimal(rate or 0) * count
-                    for rate, count in zip(rates, (output_tokens, ceil(input_tokens)), strict=True)
+                    for rate, count in zip(rates, (output_tokens, input_tokens), strict=True)
                 ),
                 Decimal(0),
             )

@@ -161,6 +161,7 @@ CALLED = {"id": "c", "type": "function", "function": {"name": "f", "arguments": 
 CUSTOM = {"id": "c", "type": "custom", "custom": {"name": "f", "input": "Ulm, tomorrow"}}
 SPOKEN: dict[str, tuple[dict[str, Any], int]] = {
     "text": (answer("Hello"), 5),
+    "text, and an error that is none": ({**answer("Hello"), "error": ""}, 5),
     "text without usage": ({"choices": answer("Hello")["choices"]}, 5),
     "text in parts": (
         {"choices": [{"message": {"content": [{"type": "text", "text": "Hello"}, {"x": 1}, 2]}}]},

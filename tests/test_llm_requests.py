@@ -522,6 +522,8 @@ ABYSS = b"[" * 100_000
         (b'{"model": "qwen3-8b", "messages": ["\xff"]}', "messages"),
         (b'{"model": "qwen3-8b", "messages": [], "tools": ["\xff"]}', "tools"),
         (b'{"messages": []}', "model"),
+        (b'{"model": "qwen3-8b", "messages": [], "n": 1' + b"0" * 5000 + b"}", "n"),
+        (b'{"model": "qwen3-8b", "messages": [1' + b"0" * 5000 + b"]}", "messages"),
     ],
     ids=lambda value: repr(value)[:60],
 )

@@ -195,6 +195,9 @@ CASES = {
         *HELLO, event({**counted(), "usage": {"prompt_tokens": 11}}), DONE, sent=11
     ),
     "usage that is wrong of the input": case(*HELLO, event(counted(-1, 23)), DONE, made=23),
+    "usage of half a character": case(
+        *HELLO, event({**counted(), "usage": {"prompt_tokens": 11, "x": "\ud83d"}}), DONE, sent=11
+    ),
     "usage that is a list": case(*HELLO, event({**counted(), "usage": [11, 23]}), DONE),
     "usage that is a number": case(*HELLO, event({**counted(), "usage": 34}), DONE),
     "usage that is empty": case(*HELLO, event({**counted(), "usage": {}}), DONE),
@@ -256,7 +259,15 @@ CASES = {
     "numbers that JSON does not have": case(
         b'data: {"model": "qwen3:8b", "choices": [' + NOT_JSON + b"]}\n\n", DONE
     ),
+    "errors that are none": case(
+        *(event({**said(text), "error": none}) for text, none in (("Hel", ""), ("lo", {}))),
+        event({**said(""), "error": None}),
+        DONE,
+    ),
     "an error in the middle": case(*HELLO, ERROR, DONE),
+    "an error that counts": counts(
+        *HELLO, event({"error": {"message": "overloaded"}, **usage(11, 23)}), DONE
+    ),
     "an error in the middle, and no more": broken(*HELLO, ERROR),
     "an error in vLLM's shape in the middle": case(*HELLO, VLLM_ERROR, DONE),
     "an error at first": free(ERROR, DONE),
@@ -351,6 +362,8 @@ def check_what_was_heard(this: Case, told: Told, asks: bool, charged: int) -> No
     assert heard.done == this.done
     assert heard.text == this.text
     assert this.done == 0 or heard.events[-1][1] == "[DONE]"
+    told_errors = sum(b"overloaded" in piece for piece in this.play.pieces if type(piece) is bytes)
+    assert sum(bool(value.get("error")) for value in heard.values) == told_errors + this.broke
     said_by_model = [value for value in heard.values if "error" not in value]
     assert {value["model"] for value in said_by_model if "model" in value} <= {MODEL}
     final = [value for value in heard.values if "farebox" in value]
@@ -637,10 +650,8 @@ def test_a_silence_is_bridged_by_comments(
 
 
 def test_who_leaves_pays_for_what_was_delivered_and_no_more(box: LlmBox, llm: LlmUpstream) -> None:
-    words = ["One ", "and two, ", "and three, and four. "] * 3
-    made = ceil(Fraction(len("".join(words)), 4))
-    last = event(counted(ceil(SENT), made))
-    pieces = [HELLO[0], *(event(said(word)) for word in words), last, DONE]
+    words = [*["One ", "and two, ", "and three, and four. "] * 3, "x" * 40_000]
+    pieces = [HELLO[0], *(event(said(word)) for word in words), DONE]
     name = llm.stage(Play([pieces[0], *(p for piece in pieces[1:] for p in (Wait("k"), piece))]))
     llm.gate("k").open()
     paid = []
@@ -653,20 +664,20 @@ def test_who_leaves_pays_for_what_was_delivered_and_no_more(box: LlmBox, llm: Ll
         assert box.standing(payer) == (GRANTED - record["captured"], 0)
         if ended:
             break
-        # Whoever asked for one more piece has had those before it.
-        least, most = text_in(arrived[:-1]), text_in(arrived)
-        assert record["captured"] <= estimate(most)
-        assert record["captured"] >= estimate(least)
+        # Whoever asked for one more piece has had those before it. Of one that was not sent whole,
+        # no more than its bytes can have been said.
+        had = b"".join(arrived[:-1])
+        assert estimate(text_in(had)) <= record["captured"] <= estimate(len(had))
         assert record["status"] == ("captured" if record["captured"] else "voided")
         paid.append(record["captured"])
-    assert record["captured"] == RATES.price(made, ceil(SENT))
+    assert record["captured"] == estimate(len("".join(words)))
     assert paid == sorted(paid)
     assert (paid[0], paid[-1] > 2 * RATES.request) == (0, True)
 
 
-def text_in(pieces: list[bytes]) -> int:
+def text_in(stream: bytes) -> int:
     """The bytes of what was said in whole events."""
-    whole_events = b"".join(pieces).rpartition(b"\n\n")[0]
+    whole_events = stream.rpartition(b"\n\n")[0]
     return len(Heard.of(whole_events + b"\n\n" if whole_events else b"").text.encode())
 
 

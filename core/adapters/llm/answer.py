@@ -122,7 +122,7 @@ def error_in(fields: Fields, otherwise: str = "The upstream failed.") -> dict[st
     """The error an answer tells, in OpenAI's shape, with the words `otherwise` where it has none;
     None when it tells no error."""
     said = read(fields.get("error"))
-    if said is None and read(fields.get("object")) != "error":
+    if not said and read(fields.get("object")) != "error":
         return None
     if isinstance(said, dict):
         return {**dict.fromkeys(_ERROR), **said, "message": _words(otherwise, said.get("message"))}

@@ -44,6 +44,7 @@ class ModelCourse:
         self._parser = sse.Parser()
         self._failed = False
         self._usage_from: Fields | None = None  # the last chunk that had it
+        self._kept: Fields | None = None  # the last that was not passed on, for being about usage
         self._chunk: Fields = {}  # the last one
         self._before = 0  # content delivered before what was passed on last
         self._within = 0  # content in that
@@ -111,16 +112,17 @@ class ModelCourse:
             self._usage_from = dict(fields)
         tells_usage = read(fields.get("usage")) is not None
         if tells_usage and error is None and not read(fields.get("choices")):
-            return b""  # the usage chunk, which comes last
+            self._kept = fields
+            return b""  # it comes last
         if not self._wish.shows_usage:
             fields.pop("usage", None)
         return _event(event.name, msgspec.json.encode(fields))
 
     def _usage_chunk(self, receipt: Receipt) -> Fields:
         """The chunk with what it was and cost: the upstream's own, or one like its others."""
-        source = self._usage_from or self._chunk
-        if self._usage_from is None or read(source.get("choices")):
-            source = {name: source[name] for name in _OF_EVERY_CHUNK if name in source}
+        chunk = self._usage_from or self._chunk
+        like = {name: chunk[name] for name in _OF_EVERY_CHUNK if name in chunk}
+        source = like if self._kept is None else self._kept
         farebox = {"credits_charged": receipt.charged, "credits_remaining": receipt.remaining}
         known = {"choices": raw([]), "usage": self._usage(), "farebox": raw(farebox)}
         return {**source, **known}
@@ -132,8 +134,7 @@ class ModelCourse:
         if not charged.estimated:
             return found["usage"]
         sent, said = charged.input_tokens or 0, charged.output_tokens or 0
-        counts = {"prompt_tokens": sent, "completion_tokens": said, "total_tokens": sent + said}
-        return raw({**(read(found.get("usage")) or {}), **counts})
+        return raw({"prompt_tokens": sent, "completion_tokens": said, "total_tokens": sent + said})
 
 
 def _is_end(event: Event) -> bool:

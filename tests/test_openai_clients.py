@@ -614,7 +614,7 @@ def test_a_client_that_lost_patience_gets_the_answer_it_did_not_wait_for(
     with ThreadPoolExecutor() as helper:
         late = helper.submit(answer_late)
         raw = ask_raw(
-            through_the_wire.with_options(timeout=0.8, max_retries=4), text,
+            through_the_wire.with_options(timeout=1.5, max_retries=5), text,
             extra_headers={"Idempotency-Key": "impatient"},
         )  # fmt: skip
         late.result()

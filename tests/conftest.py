@@ -22,6 +22,12 @@ from server import Farebox  # noqa: E402
 
 StartFarebox = Callable[..., Farebox]
 
+# They begin first: a file stays in one process, and one that began last would keep the other idle.
+LONGEST = [
+    "test_dashboard_on_screen.py", "test_ledger.py", "test_pages_basics.py", "test_llm_pages.py",
+    "test_first_run.py", "test_faults.py", "test_crash.py",
+]  # fmt: skip
+
 
 @pytest.fixture(scope="session")
 def upstream_server() -> Iterator[Upstream]:
@@ -67,6 +73,12 @@ def every_instance_stays_sound() -> Iterator[None]:
     yield
     for box in Farebox.running:
         box.check()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the others, and the tests of each, in the order they have."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(LONGEST)))
 
 
 @pytest.hookimpl(trylast=True)

@@ -37,6 +37,7 @@ from llm_double import (
 GRANTED = 1_000_000
 SENT = Fraction(size_of(chat()["messages"]), 3)
 HELD = RATES.price(RATES.most, SENT)
+PART, REST = "canary-of-a-header", "and-its-rest"
 SPARE_SECRET = "Spare-credential-98765"
 LARGEST = 32 * 1024 * 1024
 
@@ -63,7 +64,9 @@ def box(
         upstream_toml("impatient", llm.base_url, timeout_seconds=0.4),
         upstream_toml("refuses", nobody),
         upstream_toml("unknown", "http://nobody.invalid/v1", timeout_seconds=5),
-        upstream_toml("spare", spare.base_url).replace(SECRET, SPARE_SECRET),
+        upstream_toml("spare", spare.base_url).replace(
+            f'"Bearer {SECRET}"', f'"Bearer {SPARE_SECRET}", X-A = "{PART}", X-B = "{PART}{REST}"'
+        ),
         routes_toml(),
         RATES.toml(MODEL, upstream_model="qwen3:8b"),
     ]
@@ -171,7 +174,7 @@ SPOKEN: dict[str, tuple[dict[str, Any], int]] = {
     "reasoning": ({"choices": [{"message": message("Hi", reasoning_content="Hm, ")}]}, 6),
     "reasoning under another name": ({"choices": [{"message": message("", reasoning="Hm, ")}]}, 4),
     "reasoning under both": (
-        {"choices": [{"message": message("", reasoning="Hm", reasoning_content="Hm")}]}, 2,
+        {"choices": [{"message": message("", reasoning="Hm, ", reasoning_content="Hm, ")}]}, 4,
     ),
     "a refusal": ({"choices": [{"message": message(None, refusal="I will not.")}]}, 11),
     "the arguments of tools": (
@@ -211,6 +214,7 @@ def test_an_answer_without_a_word_is_one_if_the_upstream_counted_it(
     check(box, payer, told, 0, 11)
 
 
+WORDS = b'{"choices": [{"message": {"content": "Hello"}}]'
 DEEP = b'{"choices": ' + b"[" * 5000 + b"]" * 5000 + b"}"
 NONE = {
     "choices of nothing": whole(answer("")),
@@ -222,8 +226,10 @@ NONE = {
     "nothing": whole(b""),
     "HTML": Play([b"<h1>Hello</h1>"], content_type="text/html"),
     "half of an object": whole(b'{"choices": ['),
-    "an object and more": whole(b'{"choices": []} {}'),
-    "an object with a comma too many": whole(b'{"choices": [],}'),
+    "an object and more": whole(WORDS + b"} {}"),
+    "an object with a comma too many": whole(WORDS + b",}"),
+    "an object with another sign for a comma": whole(WORDS + b'; "x": 1}'),
+    "an object with another sign for a colon": whole(WORDS + b', "x", 1}'),
     "an object that is nested without end": whole(DEEP),
     "an object whose names are no strings": whole(b'{1: NaN}'),
     "an error": whole({"error": {"message": "oh"}, "usage": tokens(11, 23)}),
@@ -368,6 +374,7 @@ def leaks(llm: LlmUpstream, spare: LlmUpstream) -> list[str]:
     return [
         SECRET,
         SPARE_SECRET,
+        f"{PART}{REST}",
         f"127.0.0.1:{llm.port}",
         f"127.0.0.1:{spare.port}",
         "127.0.0.1",
@@ -408,6 +415,7 @@ def test_an_error_of_the_provider_says_nothing_of_the_operator(
     seen = seen.replace(HOST, "")  # our own
     for secret in secrets:
         assert secret not in seen
+    assert REST not in seen  # what would be left if its part were taken out first
     passed_on = status not in (401, 403, 500, 503)
     assert told.answer.status == (status if passed_on else 502)
     error = told.answer.json()["error"]

@@ -229,7 +229,7 @@ CASES = {
         half("\\ud83d"), half("\\ude42"), USAGE, DONE, text="🙂"
     ),
     "a character told in halves, and no usage": case(
-        half("\\ud83d"), half("\\ude42"), DONE, text="🙂"
+        *[half("\\ud83d"), half("\\ude42")] * 3, DONE, text="🙂🙂🙂"
     ),
     "an event of a mebibyte": case(event(said("x" * MIB)), DONE, text="x" * MIB),
     "comments": counts(b": hello\n\n", b": one\n: two\n\n", *HELLO, b": bye\n\n", USAGE, DONE),
@@ -397,6 +397,17 @@ def check_final(this: Case, final: list[Any], charged: int) -> None:
     sent, made = this.tokens
     assert value["usage"]["prompt_tokens"] == ceil(sent)
     assert value["usage"]["completion_tokens"] == made
+
+
+def test_the_upstreams_signs_of_life_are_passed_on(
+    box: LlmBox, llm: LlmUpstream, payer: Payer
+) -> None:
+    play = Play([b": working\n\n", Wait("life"), b"retry: 9\n\n", *HELLO, USAGE, DONE])
+    with box.opened(payer, chat(stream=True, play=llm.stage(play))) as (_, body):
+        arrived = next(body) + next(body)
+        assert Heard.of(arrived) == Heard(1, [])
+        llm.gate("life").let()
+        assert Heard.of(arrived + b"".join(body)).comments == 2
 
 
 # How bytes become events; in what pieces the network brings them cannot be told to it.
@@ -682,7 +693,7 @@ def text_in(stream: bytes) -> int:
 
 
 def estimate(size: int) -> int:
-    return RATES.price(ceil(Fraction(size, 4)), SENT) if size else 0
+    return min(RATES.price(ceil(Fraction(size, 4)), SENT), HELD) if size else 0
 
 
 # Idempotency-Key, the operator's key

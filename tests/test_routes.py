@@ -959,7 +959,8 @@ def test_the_sandboxs_chat_looks_like_openais(box: Box) -> None:
     assert answer["object"] == "chat.completion"
     assert answer["model"] == "m"
     choice = answer["choices"][0]
-    assert choice["message"] == {"role": "assistant", "content": "The sandbox heard: hello you"}
+    said = {"role": "assistant", "content": "The sandbox heard: hello you", "refusal": None}
+    assert choice["message"] == said
     assert choice["finish_reason"] == "stop"
     usage = answer["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
@@ -973,7 +974,7 @@ def test_the_sandboxs_chat_looks_like_openais(box: Box) -> None:
 def test_the_sandboxs_chat_streams_when_asked(box: Box) -> None:
     payer = box.payer()
     answer = chat(box, payer.key, stream=True, stream_options={"include_usage": True})
-    assert answer.headers["Content-Type"] == "text/event-stream"
+    assert answer.headers["Content-Type"] == "text/event-stream; charset=utf-8"
     assert is_streamed(answer)
     events = [line.removeprefix("data: ") for line in answer.body.decode().split("\n\n")]
     assert events[-2:] == ["[DONE]", ""]

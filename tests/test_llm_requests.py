@@ -216,8 +216,11 @@ def test_what_is_set_aside_and_the_limit_that_is_sent_are_the_contracts(
     assert told.record["held"] == hold
     assert told.answer.headers.get("X-Max-Tokens-Clamped") == (lowered and str(lowered))
     named = [name for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None]
-    limits = named or [FIELDS.get(body["model"], "max_tokens")]
-    expected = {**body, **dict.fromkeys(limits, each), "model": f"up/{body['model']}"}
+    known = FIELDS.get(body["model"], "max_tokens")
+    # What the caller named, and the older name, unless the upstream is said to know the newer.
+    names = {*named, "max_tokens"} if known == "max_tokens" else set(named or [known])
+    limits = {name: min(body.get(name) or each, each) for name in names}
+    expected = {**body, **limits, "model": f"up/{body['model']}"}
     assert sent(llm, told.answer) == expected
     charged = min(rates.price(3, 7), hold)
     assert told.record["captured"] == charged
@@ -272,6 +275,7 @@ def test_the_operators_calls_are_not_lowered(box: LlmBox, llm: LlmUpstream) -> N
         ("data:text/plain,hello", 21),
         ([{"type": "text", "text": "data:,hello"}], 4 + 11),
         ([{"type": "image_url", "image_url": "data:,x"}], 9),
+        ([{"type": "images", "image_url": ["data:,x", "data:,y"]}, "data:,z"], 6 + 7),
         ([{"type": "image_url", "image_url": {"url": "DATA:image/png;base64,AAAA"}}], 9),
         ([{"type": "file", "file": {"file_data": "data:application/pdf;base64,AAAA"}}], 4),
         ([{"type": "image_url", "image_url": {"url": "https://example.com/a.png"}}], 9 + 25),
@@ -382,9 +386,12 @@ def test_the_upstream_learns_its_own_key_and_nothing_of_the_callers(
         (CHAT, {"max_tokens": 7}, {"max_tokens": 7}),
         (CHAT, {"max_tokens": 10**6}, {"max_tokens": 4096}),
         (CHAT, {"max_tokens": 2**70}, {"max_tokens": 4096}),
-        (CHAT, {"max_completion_tokens": 7}, {"max_completion_tokens": 7}),
+        # Some servers pass over the newer name, and would answer at any length.
+        (CHAT, {"max_completion_tokens": 7}, {"max_completion_tokens": 7, "max_tokens": 7}),
         (CHAT, {"max_completion_tokens": 7, "max_tokens": 9},
          {"max_completion_tokens": 7, "max_tokens": 7}),
+        (CHAT, {"max_completion_tokens": 7, "max_tokens": 5},
+         {"max_completion_tokens": 7, "max_tokens": 5}),
         (CHAT, {"max_completion_tokens": None, "max_tokens": 9},
          {"max_completion_tokens": None, "max_tokens": 9}),
         (CHAT, {"max_tokens": None}, {"max_tokens": 4096}),
@@ -578,7 +585,7 @@ def test_a_model_nobody_has_is_not_found(box: LlmBox, llm: LlmUpstream, payer: P
 
 
 def test_a_price_beyond_all_reason_is_refused_like_any_other(box: LlmBox, payer: Payer) -> None:
-    prompts = b'["",' + b"1," * 8_000_000 + b'""]'
+    prompts = b'["",' + b"1," * 900_000 + b'""]'
     body = b'{"model":"extreme","n":128,"prompt":' + prompts + b"}"
     answer = box.request("POST", COMPLETIONS, key=payer.key, body=body)
     assert (answer.status, answer.code) == (402, "insufficient_credits")
@@ -597,6 +604,33 @@ def test_a_body_may_have_twenty_mebibytes(box: LlmBox, payer: Payer) -> None:
         body = head + b"x" * (size - len(head) - 2) + b'"}'
         answer = box.request("POST", CHAT, key=payer.key, body=body)
         assert (len(body), answer.status) == (size, status)
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["fallbacks", "models", "route", "Fallbacks", "mock_testing_fallbacks", "api_base", "preset"],
+)
+def test_who_answers_is_not_the_callers_to_choose(
+    box: LlmBox, llm: LlmUpstream, payer: Payer, field: str
+) -> None:
+    """A key of one model would reach the others of a server that stands in front of many."""
+    body = chat() | {field: [{"model": "dear"}]}
+    check_refused(box, llm, payer, CHAT, json.dumps(body).encode(), field)
+
+
+def test_text_full_of_commas_and_brackets_is_read(box: LlmBox, payer: Payer) -> None:
+    text = "a,b,c;f(x[0],{y})\n" * 40_000
+    body = chat(max_tokens=1) | {"messages": [{"role": "user", "content": text}]}
+    assert box.post(CHAT, payer.key, body).status == 200
+
+
+def test_a_large_body_past_the_rate_limit_is_not_read(box: LlmBox) -> None:
+    key = box.payer(GRANTED, rate_limit=1).key
+    assert box.post(CHAT, key, chat()).status == 200
+    not_json = b"{" + b" " * 100_000
+    answer = box.request("POST", CHAT, key=key, body=not_json)
+    assert (answer.status, answer.code) == (429, "rate_limited")
+    assert answer.headers["X-RateLimit-Remaining"] == "0"
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "multipart/form-data", "application/xml"])

@@ -1,12 +1,16 @@
 """Cross-origin calls from the origins the operator lists, without cookies (Fetch standard)."""
 
+import re
+
 from blueprints.rendering import Environ
 from core.instance import Instance
 
 _EXPOSED = (
     "Idempotent-Replayed, Retry-After, X-Credits-Charged, X-Credits-Held, X-Credits-Remaining,"
-    " X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset, X-Request-Id, x-should-retry"
+    " X-Max-Tokens-Clamped, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset,"
+    " X-Request-Id, x-should-retry"
 )
+_NAMES = re.compile(r"[A-Za-z0-9-]+(?: ?, ?[A-Za-z0-9-]+){0,63}")
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
     "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, X-Request-Id",
@@ -19,7 +23,14 @@ def preflight(instance: Instance, environ: Environ) -> dict[str, str] | None:
     asks = environ["REQUEST_METHOD"] == "OPTIONS" and (
         "HTTP_ACCESS_CONTROL_REQUEST_METHOD" in environ
     )
-    return _PREFLIGHT if asks and _origin(instance, environ) else None
+    if not asks or not _origin(instance, environ):
+        return None
+    # A listed origin may send what it likes, as everybody else may: OpenAI's client in a browser
+    # tells of itself in a dozen headers.
+    asked = environ.get("HTTP_ACCESS_CONTROL_REQUEST_HEADERS", "")
+    wanted = asked if _NAMES.fullmatch(asked) else ""
+    allowed = ", ".join(filter(None, (_PREFLIGHT["Access-Control-Allow-Headers"], wanted)))
+    return _PREFLIGHT | {"Access-Control-Allow-Headers": allowed}
 
 
 def sharing(instance: Instance, environ: Environ) -> dict[str, str]:

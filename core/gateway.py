@@ -5,13 +5,14 @@
 
 import errno
 import itertools
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from config import UpstreamSection
-from core import access, clock, errors, idempotency
+from core import access, clock, errors, idempotency, limits
 from core.access import Principal
 from core.adapters import Adapter, Charge, Course, Inbound, Order, Receipt, llm
 from core.adapters.forward import Forward
@@ -25,6 +26,8 @@ from core.ledger import NewCall, Outcome, Resolved, Standing
 from core.settlement import Settlement
 from core.upstream import Reply, Unreached
 
+log = logging.getLogger("farebox.gateway")
+
 ADAPTERS: dict[str, Adapter] = {
     "forward": Forward(),
     "sms": SmsAdapter(),
@@ -37,6 +40,9 @@ WHOLE_BYTES = MIB
 # These speak of the operator's credentials upstream, which are not the caller's business.
 _OPERATORS_FAULT = frozenset({401, 403, 407})
 _NO_LIMIT = 10**9
+_LARGE_BODY = 64 * 1024  # reading one costs more than asking for the rate first
+# So long the upstream's count is waited for when a caller has left after the last word.
+_HEAR_OUT_SECONDS = 1.0
 # So long the end of an answer is waited for that has said that it is over.
 _LINGER_SECONDS = 0.1
 _PIECE_BYTES = 16 * 1024
@@ -74,7 +80,7 @@ def serve(instance: Instance, request: Request) -> Reaction:
     inbound = _read(route, adapter, request)
     principal = access.identify(instance, request.headers, request.client)
     access.authorize(principal, route)
-    order = _order(route, adapter, inbound)
+    order = _too_soon(instance, principal, inbound) or _order(route, adapter, inbound)
     if isinstance(order, Order) and order.model is not None:
         access.authorize_model(principal, order.model)
     call = _call(instance, route, principal, request, order)
@@ -108,6 +114,18 @@ def _read(route: Route, adapter: Adapter, request: Request) -> Inbound:
         raise Refusal("unsupported_media_type", "A body with a Content-Encoding is not accepted.")
     adapter.check_media_type(request.headers.get("content-type", ""))
     return Inbound(request.method, request.path, request.query, request.headers, body, request.id)
+
+
+def _too_soon(instance: Instance, principal: Principal, inbound: Inbound) -> Refusal | None:
+    """Whether the rate limit will refuse a large body anyway, so that nobody's refusals cost much.
+
+    Counted is the attempt in the transaction, as every other.
+    """
+    if len(inbound.body) <= _LARGE_BODY or principal.rate_limit is None:
+        return None
+    subject, now = principal.rate_subject, clock.now_ms()
+    rate = limits.look_at_rate(instance.db, subject, principal.rate_limit, now)
+    return rate.refusal() if rate.exceeded else None
 
 
 def _order(route: Route, adapter: Adapter, inbound: Inbound) -> Order | Refusal:
@@ -305,6 +323,8 @@ class _Passage:
     def close(self) -> None:
         """Charge what was delivered of an answer that did not come to its end."""
         try:
+            if self._course.spoken_out and self._course.delivered:
+                self._hear_out()
             charge = self._course.charge(complete=False)
             if charge is None:
                 self._settlement.void(self._reply.status)
@@ -316,6 +336,17 @@ class _Passage:
                 self._reply.finish(_LINGER_SECONDS)
             else:
                 self._reply.close()
+
+    def _hear_out(self) -> None:
+        """Listen on for what it was that was said, for who left when all was said."""
+        until = clock.monotonic() + _HEAR_OUT_SECONDS
+        try:
+            for chunk in self._reply.chunks(_HEAR_OUT_SECONDS):
+                self._course.pass_on(chunk)
+                if self._course.ended or clock.monotonic() >= until:
+                    break
+        except Refusal as refusal:
+            log.info("call %s was not heard out: %s", self._call.id, refusal.message)
 
     def _sending(self, piece: bytes) -> Iterator[bytes]:
         for start, end in _cuts(len(piece), alone=not self._course.delivered):
@@ -330,19 +361,19 @@ class _Passage:
             return self._course.last_words(None)
         outcome = _outcome(self._reply, charge)
         resolved = self._settlement.capture_sent(charge.price, outcome, self._answer)
-        return self._course.last_words(self._receipt(resolved, charge.price))
+        return self._course.last_words(self._receipt(resolved))
 
     def _answer(self, resolved: Resolved) -> Stored | None:
         """What a repeat gets: the same, to what was charged the first time."""
         if self._kept is None:
             return None
-        words = self._course.last_words(self._receipt(resolved, resolved.captured))
+        words = self._course.last_words(self._receipt(resolved))
         return Stored(self._reply.status, self._course.headers, b"".join([*self._kept, words]))
 
-    def _receipt(self, resolved: Resolved | None, price: int) -> Receipt:
-        """The charge; when the database will take it only later, what it will then be."""
+    def _receipt(self, resolved: Resolved | None) -> Receipt:
+        """The charge, once it is on the disk."""
         if resolved is None:
-            return Receipt(min(price, self._call.held), None)
+            return Receipt(None, None)
         left = resolved.standing.available if self._principal.pays else None
         return Receipt(resolved.captured, left)
 

@@ -27,9 +27,19 @@ def capture(
         _release_limit(tx, resolved)
         if resolved.idempotency_key is not None:
             key = resolved.idempotency_key
-            answer = answer(resolved) if callable(answer) else answer
+            if callable(answer):
+                answer = _made(answer, resolved)
             idempotency.keep(tx, resolved.call.account_id, key, call_id, answer)
     return resolved
+
+
+def _made(answer: Callable[[Resolved], Stored | None], resolved: Resolved) -> Stored | None:
+    """The answer to keep. A charge does not fail for it: that would leave its hold for ever."""
+    try:
+        return answer(resolved)
+    except Exception:
+        log.exception("the answer to a repeat could not be made")
+        return None
 
 
 def void(tx: Tx, call_id: str, outcome: Outcome) -> Resolved | None:

@@ -83,7 +83,10 @@ class Model(Server):
             self._pass(exchange, plan, number)
             words = "w" * 4 * plan.get("tokens", TOKENS)
             delta = {"role": "assistant", "content": words}
-            exchange.chunk(event({"choices": [{"index": 0, "delta": delta}]}))
+            is_last = number == plan.get("chunks", 10) - 1
+            reason = "stop" if plan.get("finish") and is_last else None
+            choice = {"index": 0, "delta": delta, "finish_reason": reason}
+            exchange.chunk(event({"choices": [choice]}))
         self._pass(exchange, plan, plan.get("chunks", 10))
         if plan.get("cut"):
             exchange.close()
@@ -456,6 +459,31 @@ def test_whoever_leaves_when_the_usage_is_known_pays_by_it(box: Farebox, model: 
     assert box.settled(key) == 2000 - BASE - 27
     (call,) = box.calls(key)
     assert (call["output_tokens"], call["estimated"]) == (27, False)
+
+
+def test_whoever_leaves_between_the_last_word_and_what_it_was_pays_by_that(
+    box: Farebox, model: Model
+) -> None:
+    """Reasoning that is not shown would be free to who hangs up at the right moment."""
+    _, key = box.account(2000)
+    plan = {"chunks": 2, "gate": "said", "free": 2, "usage": 99, "finish": True}
+    client = Client(box, key, plan, max_tokens=100)
+    client.read_events(2)
+    client.leave()
+    model.gate("said").open()
+    assert box.settled(key) == 2000 - BASE - 99
+    (call,) = box.calls(key)
+    assert (call["output_tokens"], call["estimated"]) == (99, False)
+
+
+def test_whoever_leaves_when_all_is_said_is_not_waited_for_long(box: Farebox, model: Model) -> None:
+    _, key = box.account(2000)
+    plan = {"chunks": 2, "gate": "never", "free": 2, "usage": 99, "finish": True}
+    client = Client(box, key, plan, max_tokens=100)
+    client.read_events(2)
+    client.leave()
+    assert box.settled(key) == 2000 - BASE - 2 * TOKENS
+    assert model.wait_ended(model.hits()[-1]) == "gone"
 
 
 def test_whoever_leaves_before_a_word_was_delivered_pays_nothing(

@@ -60,9 +60,10 @@ class Refused(NamedTuple):
 
 
 class Receipt(NamedTuple):
-    """What a call was charged, and what is left; None where nobody pays."""
+    """What a call was charged, None while the database cannot take it; and what is left, None
+    where nobody pays."""
 
-    charged: int
+    charged: int | None
     remaining: int | None
 
 
@@ -74,6 +75,10 @@ class Course(Protocol):
     beat_seconds: float  # the longest silence the caller gets
     delivered: int  # so much has reached the caller, in whatever the price is about
     ended: bool  # whether nothing that still comes matters
+
+    @property
+    def spoken_out(self) -> bool:
+        """Whether all is said but how much it was."""
 
     def pass_on(self, chunk: bytes) -> bytes:
         """What goes on of a chunk; of an empty one, what is said in a silence."""

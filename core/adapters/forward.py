@@ -19,7 +19,7 @@ class AsItComes:
     """
 
     beat_seconds = math.inf  # what the bytes mean is unknown, so nothing can be said in between
-    ended = False
+    ended = spoken_out = False
 
     def __init__(
         self, headers: list[tuple[str, str]], framing: dict[str, str], charge: Charge

@@ -1,6 +1,7 @@
 """The adapter of one of OpenAI's endpoints; `request.py` says what sets them apart."""
 
 import dataclasses
+import threading
 
 import msgspec
 
@@ -24,6 +25,8 @@ from core.catalog import MIB, Route
 from core.upstream import Outbound, Reply
 
 LARGEST_ANSWER = 32 * MIB
+# A body is many times its size while it is read, so large ones are not all read at once.
+_reading = threading.BoundedSemaphore(2)
 _JSON = "application/json"
 _EVENTS = "text/event-stream"
 
@@ -39,7 +42,10 @@ class LlmAdapter:
             raise errors.Refusal("unsupported_media_type", "Send application/json.")
 
     def order(self, route: Route, inbound: Inbound) -> Order:
-        return _order(self._read(parse(inbound.body), route.models))
+        if len(inbound.body) <= MIB:
+            return _order(self._read(parse(inbound.body), route.models))
+        with _reading:
+            return _order(self._read(parse(inbound.body), route.models))
 
     def outbound(
         self, route: Route, inbound: Inbound, order: Order, upstream: UpstreamSection
@@ -76,7 +82,7 @@ class LlmAdapter:
         if fields is None or error_in(fields) is not None:
             raise errors.provider_error("The upstream's answer is none.")
         usage = usage_in(fields)
-        delivered = content_bytes(fields)
+        delivered = content_bytes(read(fields.get("choices")))
         embeds = wish.tokens_each is None and bool(read(fields.get("data")))
         if usage is None and not delivered and not embeds:
             raise errors.provider_error("The upstream's answer is empty.")

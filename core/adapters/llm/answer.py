@@ -122,7 +122,7 @@ def error_in(fields: Fields, otherwise: str = "The upstream failed.") -> dict[st
     """The error an answer tells, in OpenAI's shape, with the words `otherwise` where it has none;
     None when it tells no error."""
     said = read(fields.get("error"))
-    if not said and read(fields.get("object")) != "error":
+    if not said and ("object" not in fields or bytes(fields["object"]) != b'"error"'):
         return None
     if isinstance(said, dict):
         return {**dict.fromkeys(_ERROR), **said, "message": _words(otherwise, said.get("message"))}
@@ -140,9 +140,16 @@ def _words(otherwise: str, *found: Any) -> str:
     return next((words for words in found if isinstance(words, str)), otherwise)
 
 
-def content_bytes(fields: Fields) -> int:
+def finished(choices: Any) -> set[Any]:
+    """The choices that say that they are."""
+    if not isinstance(choices, list):
+        return set()
+    said = [choice for choice in choices if isinstance(choice, dict)]
+    return {repr(choice.get("index")) for choice in said if choice.get("finish_reason")}
+
+
+def content_bytes(choices: Any) -> int:
     """The bytes of what was said: text, reasoning, refusals and the arguments of tools."""
-    choices = read(fields.get("choices"))
     return sum(map(_size, _said(choices))) if isinstance(choices, list) else 0
 
 

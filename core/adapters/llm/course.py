@@ -1,5 +1,7 @@
 """A model's answer as it streams: read event by event, charged for what was delivered."""
 
+from typing import Any
+
 import msgspec
 
 from core import sse
@@ -10,6 +12,7 @@ from core.adapters.llm.answer import (
     content_bytes,
     error_in,
     fields_of,
+    finished,
     raw,
     read,
     usage_in,
@@ -43,6 +46,7 @@ class ModelCourse:
         self._mask = Mask(wish.model)
         self._parser = sse.Parser()
         self._failed = False
+        self._finished: set[Any] = set()  # choices that have been said to be
         self._usage_from: Fields | None = None  # the last chunk that had it
         self._kept: Fields | None = None  # the last that was not passed on, for being about usage
         self._chunk: Fields = {}  # the last one
@@ -56,6 +60,10 @@ class ModelCourse:
         # An event without its empty line, of an upstream that is careless; or half of one.
         whole = [e for e in self._parser.finish() if _is_end(e) or fields_of(e.data or b"")]
         return self._pass_on(whole)
+
+    @property
+    def spoken_out(self) -> bool:
+        return not self.ended and len(self._finished) >= self._wish.choices
 
     def sent(self, part: int, of: int) -> None:
         self.delivered = self._before + -(-self._within * part // of)
@@ -106,12 +114,14 @@ class ModelCourse:
             fields["error"] = raw(self._mask.clean(error))
         if "model" in fields:
             fields["model"] = self._model_id
-        self._within += content_bytes(fields)
+        choices = read(fields.get("choices"))
+        self._within += content_bytes(choices)
+        self._finished |= finished(choices)
         self._chunk = fields
         if usage_in(fields) is not None:
             self._usage_from = dict(fields)
         tells_usage = read(fields.get("usage")) is not None
-        if tells_usage and error is None and not read(fields.get("choices")):
+        if tells_usage and error is None and not choices:
             self._kept = fields
             return b""  # it comes last
         if not self._wish.shows_usage:

@@ -1,5 +1,6 @@
 """What a request to a language model asks for, and how much that is at most."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -18,6 +19,14 @@ _LIMITS = ("max_completion_tokens", "max_tokens")  # the first that is named cou
 # What some servers read in place of one of these, or of `n`: a limit that counts here holds there.
 _LIMIT_ELSEWHERE = "n_predict"
 _COUNTS = ("n", "best_of", "n_cmpl")
+# With these a caller would choose, past the price and the scope of the model named, what a server
+# in front of others calls: LiteLLM's fallbacks, OpenRouter's list of models.
+_ROUTING = frozenset(
+    {"api_base", "base_url", "content_policy_fallbacks", "context_window_fallback_dict",
+     "context_window_fallbacks", "custom_llm_provider", "extra_body", "fallbacks",
+     "mock_testing_content_policy_fallbacks", "mock_testing_context_fallbacks",
+     "mock_testing_fallbacks", "models", "preset", "route", "user_config"}
+)  # fmt: skip
 _OURS = frozenset(
     {*_LIMITS, _LIMIT_ELSEWHERE, *_COUNTS, "model", "messages", "tools", "prompt", "input",
      "stream", "stream_options"}
@@ -25,7 +34,10 @@ _OURS = frozenset(
 # Where a data URL stands for an image or a file. Elsewhere it is text, which a model reads.
 _FILES = frozenset({"url", "image_url", "video_url", "audio_url", "file_data", "file_url"})
 _READ = frozenset({str, dict, list})  # kinds of values with something to read in them
-_MOST_PARTS = 10**6  # lists and objects; text of so many tokens is more than a model takes
+# What costs time and memory to read, beside its bytes: lists and objects, and values in all. Text
+# with as many of their signs in it is more than a model takes.
+_MOST_PARTS = 300_000
+_MOST_VALUES = 10**6
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +70,7 @@ class Wish:
         fields = dict(self.fields)
         fields["model"] = _raw(upstream_id)
         for name in self.limits:
-            fields[name] = _raw(self.tokens_each)
+            fields[name] = _raw(min(_value(fields, name) or math.inf, self.tokens_each or 0))
         if _LIMIT_ELSEWHERE in fields and self.tokens_each is not None:
             wished = _value(fields, _LIMIT_ELSEWHERE)
             is_less = _is_whole(wished) and 1 <= wished < self.tokens_each
@@ -75,8 +87,8 @@ Read = Callable[[Fields, Mapping[str, Model]], Wish]
 
 def parse(body: bytes) -> Fields:
     """The fields of a JSON object, unread. Raises `validation_error`."""
-    if body.count(b"[") + body.count(b"{") > _MOST_PARTS:
-        raise errors.invalid_body("The body has more lists and objects than are read here.")
+    if body.count(b"[") + body.count(b"{") > _MOST_PARTS or body.count(b",") > _MOST_VALUES:
+        raise errors.invalid_body("The body has more lists and values than are read here.")
     try:
         fields = strict_json.decode(body, Fields)
     except strict_json.WrongShape:
@@ -88,6 +100,8 @@ def parse(body: bytes) -> Fields:
         # priced, or no limit.
         if name not in _OURS and name.casefold() in _OURS:
             raise errors.invalid_body(f"Write `{name.casefold()}` in small letters.", name)
+        if name.casefold() in _ROUTING:
+            raise errors.invalid_body("Which server answers is not the caller's to choose.", name)
     return fields
 
 
@@ -128,13 +142,16 @@ def _generation(fields: Fields, model: Model, input_tokens: Fraction, choices: i
         if not _is_whole(value) or value < 1:
             _refuse(name, "a whole number, at least 1")
         named.append((name, value))
+    limits = [name for name, _ in named] or [model.section.max_tokens_field]
+    if model.section.max_tokens_field == "max_tokens":
+        limits.append("max_tokens")  # some servers pass over the newer name without a word
     return Wish(
         fields,
         model,
         input_tokens,
         choices,
         min(most, named[0][1]) if named else most,
-        tuple(name for name, _ in named) or (model.section.max_tokens_field,),
+        tuple(dict.fromkeys(limits)),
         bool(named),
         _flag(fields, "stream"),
         bool((_object(fields, "stream_options") or {}).get("include_usage") is True),

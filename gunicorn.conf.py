@@ -82,7 +82,7 @@ def when_ready(server):
 
 
 def post_worker_init(worker):
-    instance = worker.wsgi.extensions["farebox"]
+    worker.instance = instance = worker.wsgi.extensions["farebox"]
     instance.incarnation()  # from now on `restore` knows that somebody serves
     worker.upkeep = Upkeep(instance)
     worker.upkeep.start()

@@ -10,9 +10,13 @@ from gunicorn import glogging
 from gunicorn.http.errors import ParseException
 from gunicorn.workers import base, gthread
 
-from core import errors, tokens
+from core import clock, errors, tokens
+from core.instance import Instance
 
 _DRAIN_BYTES = 1024 * 1024
+# After a worker is told to stop. A silent stream is looked at every 15 seconds, and all must be
+# over before gunicorn's graceful_timeout is.
+STREAMS_GO_ON_SECONDS = 10.0
 
 
 class _Connection(gthread.TConn):
@@ -47,6 +51,7 @@ class Worker(gthread.ThreadWorker):
 
     _quitting = False
     _busy = 0  # connections given to the threads
+    instance: Instance | None = None  # what is served, once it is
 
     def enqueue_req(self, conn: Any) -> None:
         self._busy += 1
@@ -66,6 +71,22 @@ class Worker(gthread.ThreadWorker):
         the end of a request begins anew.
         """
         super().set_accept_enabled(bool(enabled) and self._busy < self.cfg.threads)
+
+    @property
+    def max_keepalived(self) -> int:
+        """How many connections are kept for a next request; none while every thread is taken, so
+        that the next request can go to another worker."""
+        return self._most_kept if self._busy < self.cfg.threads else 0
+
+    @max_keepalived.setter
+    def max_keepalived(self, most: int) -> None:
+        self._most_kept = most
+
+    def handle_exit(self, sig: Any, frame: Any) -> None:
+        """Stop when what is in flight has ended. A stream is ended early enough to be charged."""
+        super().handle_exit(sig, frame)
+        if self.instance is not None:
+            self.instance.streams_end_at = clock.monotonic() + STREAMS_GO_ON_SECONDS
 
     def handle_quit(self, sig: Any, frame: Any) -> None:
         """Stop at once, once.

@@ -271,7 +271,9 @@ class _Road(NamedTuple):
             # An upstream that fails before its first byte is still answered with an error.
             first = next(chunks, None)
         arriving = itertools.chain([] if first is None else [first], chunks)
-        passage = _Passage(reply, arriving, settlement, course, self.principal, self.call)
+        passage = _Passage(
+            self.instance, reply, arriving, settlement, course, self.principal, self.call
+        )
         return Reaction(reply.status, headers, passage.chunks(), passage.close)
 
 
@@ -284,9 +286,10 @@ class _Passage:
     """A body passed on as it arrives, and charged when it ends, however that is."""
 
     def __init__(
-        self, reply: Reply, chunks: Iterator[bytes], settlement: Settlement, course: Course,
-        principal: Principal, call: NewCall,
+        self, instance: Instance, reply: Reply, chunks: Iterator[bytes], settlement: Settlement,
+        course: Course, principal: Principal, call: NewCall,
     ) -> None:  # fmt: skip
+        self._instance = instance
         self._reply = reply
         self._chunks = chunks
         self._settlement = settlement
@@ -307,6 +310,8 @@ class _Passage:
                 yield from self._sending(piece)
                 if course.ended:
                     break
+                if clock.monotonic() > self._instance.streams_end_at:
+                    raise Refusal("overloaded", "This instance is being restarted.")
         except Refusal as refusal:
             apology = course.apology(refusal, self._call.request_id)
             if apology:

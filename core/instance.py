@@ -1,5 +1,6 @@
 """What one process of a running instance keeps in hand."""
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -35,6 +36,7 @@ class Instance:
         self._wires = Wires()
         self.issuers = Issuers(settings, self.db, self._wires)
         self._first_hold = threading.Lock()
+        self.streams_end_at = math.inf  # on the monotonic clock; sooner when the process is to stop
 
     def migrate(self) -> None:
         """Bring the database up to date; what is in the way is kept as `trouble`, because `restore`

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from inprocess import Box
 
-from core import clock, ledger, limits, tokens, upkeep
-from core.ledger import Guard, NewCall, Outcome
+from core import clock, idempotency, ledger, limits, tokens, upkeep
+from core.idempotency import Stored
+from core.ledger import Guard, NewCall, Outcome, Resolved
 from core.settlement import Settlement
 
 ALWAYS = Guard("TRUE", {})
@@ -72,6 +73,20 @@ def test_a_charge_for_a_delivered_answer_that_fails_for_any_reason_is_made_later
     assert box.standing(payer) == (5, 5)
     upkeep.settle_late(box.instance)
     assert box.standing(payer) == (5, 0)
+
+
+def test_a_charge_does_not_hang_on_whether_its_answer_can_be_kept(box: Box) -> None:
+    payer = box.payer(10)
+    call_id = held(box, payer.account, idempotency_key="again")
+    box.write(lambda tx: idempotency.claim(tx, payer.account, "again", b"", call_id, 0))
+
+    def spoilt(resolved: Resolved) -> Stored:
+        raise ValueError("no such text")
+
+    Settlement(box.instance, call_id).capture_sent(5, DONE, spoilt)
+    assert box.standing(payer) == (5, 0)
+    state = box.row("SELECT state FROM idempotency WHERE call_id = :id", id=call_id)
+    assert state == ("lost",)
 
 
 def test_a_charge_the_caller_was_told_had_failed_is_not_made(

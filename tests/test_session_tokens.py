@@ -1081,7 +1081,7 @@ def test_a_page_of_a_listed_origin_may_use_a_token(box: Box, path: str) -> None:
     asked = {
         "Origin": "https://app.example",
         "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": "authorization,content-type",
+        "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",
     }
     preflight = box.request("OPTIONS", path, headers=asked)
     assert preflight.status == 204
@@ -1093,7 +1093,11 @@ def test_a_page_of_a_listed_origin_may_use_a_token(box: Box, path: str) -> None:
         assert found.headers["Access-Control-Allow-Origin"] == "https://app.example"
         assert "Origin" in found.headers["Vary"]
         assert "Access-Control-Allow-Credentials" not in found.headers
-    assert "authorization" in preflight.headers["Access-Control-Allow-Headers"].lower()
+    allowed = preflight.headers["Access-Control-Allow-Headers"].lower()
+    assert {"authorization", "idempotency-key", "x-stainless-lang"} <= set(
+        re.split(r", ?", allowed)
+    )
+    assert "X-Max-Tokens-Clamped" in answer.headers["Access-Control-Expose-Headers"]
     assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
 
 

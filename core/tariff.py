@@ -1,6 +1,6 @@
 """What calls of language models cost, in credits and to the operator. Exact; rounded up once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal, localcontext
 from fractions import Fraction
 
@@ -20,12 +20,15 @@ class Model:
     upstreams: tuple[UpstreamSection, ...]
     output_rate: int  # credits for 1,000 tokens, times 10^12
     input_rate: int
+    # The names of a limit that its upstream was seen to pass over: some know only `max_tokens`.
+    passed_over: set[str] = field(default_factory=set, compare=False)
 
     @classmethod
     def of(cls, section: ModelSection, upstreams: tuple[UpstreamSection, ...]) -> "Model":
         """A model by its section of the config."""
-        rates = (section.credits_per_1k_tokens, section.credits_per_1k_input_tokens)
-        return cls(section, upstreams, *(int(Decimal(rate) * _SCALE) for rate in rates))
+        output_rate = int(Decimal(section.credits_per_1k_tokens) * _SCALE)
+        input_rate = int(Decimal(section.credits_per_1k_input_tokens) * _SCALE)
+        return cls(section, upstreams, output_rate, input_rate)
 
     @property
     def id(self) -> str:

@@ -24,6 +24,7 @@ from llm_double import (
     chat,
     routes_toml,
     upstream_toml,
+    whole,
 )
 from people import cheaply, joined, minted, person
 from server import OPERATOR_KEY, Answer
@@ -47,6 +48,8 @@ MODELS = {
     "extreme": Rates(10**9, 0, "1000000", "1000000", 10_000_000),
     SLASHED: RATES,
     "new-style": RATES,
+    "deaf": RATES,
+    "deaf-stream": RATES,
 }
 FIELDS = {"new-style": "max_completion_tokens"}
 
@@ -218,9 +221,7 @@ def test_what_is_set_aside_and_the_limit_that_is_sent_are_the_contracts(
     assert told.record["held"] == hold
     assert told.answer.headers.get("X-Max-Tokens-Clamped") == (lowered and str(lowered))
     named = [name for name in ("max_tokens", "max_completion_tokens") if body.get(name) is not None]
-    known = FIELDS.get(body["model"], "max_tokens")
-    # What the caller named, and the older name, unless the upstream is said to know the newer.
-    names = {*named, "max_tokens"} if known == "max_tokens" else set(named or [known])
+    names = named or [FIELDS.get(body["model"], "max_tokens")]
     limits = {name: min(body.get(name) or each, each) for name in names}
     expected = {**body, **limits, "model": f"up/{body['model']}"}
     assert sent(llm, told.answer) == expected
@@ -388,8 +389,7 @@ def test_the_upstream_learns_its_own_key_and_nothing_of_the_callers(
         (CHAT, {"max_tokens": 7}, {"max_tokens": 7}),
         (CHAT, {"max_tokens": 10**6}, {"max_tokens": 4096}),
         (CHAT, {"max_tokens": 2**70}, {"max_tokens": 4096}),
-        # Some servers pass over the newer name, and would answer at any length.
-        (CHAT, {"max_completion_tokens": 7}, {"max_completion_tokens": 7, "max_tokens": 7}),
+        (CHAT, {"max_completion_tokens": 7}, {"max_completion_tokens": 7}),
         (CHAT, {"max_completion_tokens": 7, "max_tokens": 9},
          {"max_completion_tokens": 7, "max_tokens": 7}),
         (CHAT, {"max_completion_tokens": 7, "max_tokens": 5},
@@ -427,6 +427,24 @@ def test_the_limit_goes_into_the_field_the_model_knows(
     assert sent(llm, answer) == chat(model="up/new-style", max_completion_tokens=4096)
     answer = box.tell(payer, chat(model="new-style", max_tokens=5)).answer
     assert sent(llm, answer) == chat(model="up/new-style", max_tokens=5)
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_server_that_passes_over_a_limit_is_told_by_its_older_name(
+    box: LlmBox, llm: LlmUpstream, payer: Payer, counts: bool
+) -> None:
+    """Else an answer of any length would be had for the price of one token."""
+    model = "deaf" if counts else "deaf-stream"
+    told: dict[str, Any] = {"usage": {"prompt_tokens": 7, "completion_tokens": 100}}
+    choice = {"index": 0, "message": {"content": "long words " * 100}, "finish_reason": "stop"}
+    play = llm.stage(whole({"choices": [choice], **(told if counts else {})}))
+    asked = chat(model=model, max_completion_tokens=1)
+    assert sent(llm, box.tell(payer, asked).answer) == asked | {"model": f"up/{model}"}
+    assert box.tell(payer, asked | {"play": play}).record["captured"] == RATES.price(
+        1, Fraction(read_by_the_model(chat()["messages"]), 3)
+    )
+    now = box.tell(payer, asked).answer
+    assert sent(llm, now) == asked | {"model": f"up/{model}", "max_tokens": 1}
 
 
 @pytest.mark.parametrize(

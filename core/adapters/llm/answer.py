@@ -16,6 +16,7 @@ from core.adapters.llm.request import Fields, Wish
 from core.tariff import Model
 
 _LARGEST_COUNT = 10**12
+_MISCOUNTED = 16
 _SHORTEST_SECRET = 8  # a shorter value would blot out words
 # Keys, organisations and projects of the operator with OpenAI and those who copied its forms.
 _IDS = re.compile(r"\b(?:sk|org|proj)[-_][A-Za-z0-9_*-]{6,}")
@@ -199,6 +200,7 @@ def charge(wish: Wish, usage: Usage | None, delivered: int) -> Charge:
         estimated = estimated or usage.output_tokens is None
         guess = -(-delivered // 4)
         output_tokens = guess if usage.output_tokens is None else usage.output_tokens
+        _watch_limit(wish, delivered // 16 if usage.output_tokens is None else output_tokens)
     return Charge(
         1,
         wish.model.price(output_tokens, exact),
@@ -207,6 +209,13 @@ def charge(wish: Wish, usage: Usage | None, delivered: int) -> Charge:
         input_tokens,
         output_tokens,
     )
+
+
+def _watch_limit(wish: Wish, least_tokens: int) -> None:
+    """Remember whether an answer is longer than the limit that was sent, by more than servers
+    differ in counting: the next call sends its limit under the oldest name too."""
+    if least_tokens > wish.output_tokens + _MISCOUNTED:
+        wish.model.passed_over.update(wish.limits)
 
 
 class Mask:

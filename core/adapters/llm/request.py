@@ -143,8 +143,8 @@ def _generation(fields: Fields, model: Model, input_tokens: Fraction, choices: i
             _refuse(name, "a whole number, at least 1")
         named.append((name, value))
     limits = [name for name, _ in named] or [model.section.max_tokens_field]
-    if model.section.max_tokens_field == "max_tokens":
-        limits.append("max_tokens")  # some servers pass over the newer name without a word
+    if model.passed_over.intersection(limits):
+        limits.append("max_tokens")
     return Wish(
         fields,
         model,

@@ -72,16 +72,6 @@ class Worker(gthread.ThreadWorker):
         """
         super().set_accept_enabled(bool(enabled) and self._busy < self.cfg.threads)
 
-    @property
-    def max_keepalived(self) -> int:
-        """How many connections are kept for a next request; none while every thread is taken, so
-        that the next request can go to another worker."""
-        return self._most_kept if self._busy < self.cfg.threads else 0
-
-    @max_keepalived.setter
-    def max_keepalived(self, most: int) -> None:
-        self._most_kept = most
-
     def handle_exit(self, sig: Any, frame: Any) -> None:
         """Stop when what is in flight has ended. A stream is ended early enough to be charged."""
         super().handle_exit(sig, frame)

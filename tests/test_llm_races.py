@@ -694,21 +694,3 @@ def test_a_stream_that_a_restart_breaks_off_is_charged(
     box.start()
     assert box.settled(key) == 10_000 - BASE - client.events * TOKENS
     box.ledger_ok()
-
-
-def test_a_connection_is_not_kept_for_a_worker_whose_threads_are_all_taken(
-    start_farebox: StartFarebox, model: Model
-) -> None:
-    box = start_farebox(config(model), workers=1, threads=2)
-    _, key = box.account(1000)
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", box.port, timeout=20)) as kept:
-        kept.request("GET", "/healthz")
-        answer = kept.getresponse()
-        answer.read()
-        assert not answer.will_close
-        client = Client(box, key, {"gate": "busy", "free": 1}, max_tokens=100)
-        client.read_events(1)
-        kept.request("GET", "/healthz")
-        assert kept.getresponse().will_close
-        model.gate("busy").open()
-        client.rest()

@@ -16,6 +16,9 @@ run: .venv/installed ## install, set up and serve in the foreground
 # A file's tests share instances, so it stays in one of the two processes.
 IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
+# Hundreds of processes are started: they share what Python has compiled.
+test torture: export PYTHONDONTWRITEBYTECODE :=
+
 test: .venv/dev-installed $(NPM) $(LLAMA) ## every test that can run here
 	@$(BIN)/python -m pytest $(IN_TWO)
 

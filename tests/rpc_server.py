@@ -8,9 +8,18 @@ import socket
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any
 
+import pytest
 from doubles import Exchange, Server
+
+
+def need(*modules: str) -> None:
+    """Skip what needs them, be it a test or a file of tests, where make could not install them."""
+    for module in modules:
+        if find_spec(module) is None:
+            pytest.skip(f"{module} is not installed: make test says why", allow_module_level=True)
 
 
 class Leaving(Server):

@@ -20,10 +20,21 @@ from rpc_server import need
 
 need("eth_account", "solders", "x402")
 
+import solana_node  # noqa: E402
+from solana_node import TOKEN_PROGRAM, SolanaNode, token_account  # noqa: E402
+from solders.address_lookup_table_account import AddressLookupTableAccount  # noqa: E402
+from solders.compute_budget import set_compute_unit_limit, set_compute_unit_price  # noqa: E402
+from solders.hash import Hash  # noqa: E402
+from solders.instruction import AccountMeta, Instruction  # noqa: E402
+from solders.keypair import Keypair  # noqa: E402
+from solders.message import Message, MessageV0, to_bytes_versioned  # noqa: E402
+from solders.pubkey import Pubkey  # noqa: E402
+from solders.signature import Signature  # noqa: E402
+from solders.transaction import VersionedTransaction  # noqa: E402
+
 if TYPE_CHECKING:
     import httpx
     import requests
-    from solana_wallet import SolanaWallet
 
 Json = dict[str, Any]
 Changes = Mapping[str, Any]
@@ -131,6 +142,120 @@ class EvmWallet:
         return encode(self.payment(challenge, **changes))
 
 
+MEMO_PROGRAM = Pubkey.from_string("MemoSq4gqABAXKb96qnH8TysNcWxMyWCqXgDLGmfcHr")
+
+
+class SolanaWallet:
+    """An account on Solana, which knows a node to ask for blockhashes."""
+
+    network = solana_node.NETWORK
+
+    def __init__(self, node: SolanaNode, keypair: Keypair | None = None) -> None:
+        self.node = node
+        self.keypair = keypair or Keypair()
+        self.address = str(self.keypair.pubkey())
+
+    # Instructions, to be put together rightly or wrongly.
+
+    def transfer(self, accepted: Json, **changes: Any) -> Instruction:
+        """TransferChecked, as this offer wants it.
+
+        Changes: `amount`, `decimals`, `mint`, `to` (who owns the account that is paid), `source`
+        and `destination` (the accounts themselves), `authority`, `program`.
+        """
+        mint = changes.get("mint", accepted["asset"])
+        source = changes.get("source", token_account(self.address, mint))
+        destination = changes.get(
+            "destination", token_account(changes.get("to", accepted["payTo"]), mint)
+        )
+        authority = changes.get("authority", self.keypair.pubkey())
+        amount = int(changes.get("amount", accepted["amount"]))
+        return Instruction(
+            changes.get("program", TOKEN_PROGRAM),
+            bytes([12]) + amount.to_bytes(8, "little") + bytes([changes.get("decimals", 6)]),
+            [
+                AccountMeta(source, is_signer=False, is_writable=True),
+                AccountMeta(Pubkey.from_string(mint), is_signer=False, is_writable=False),
+                AccountMeta(destination, is_signer=False, is_writable=True),
+                AccountMeta(authority, is_signer=True, is_writable=False),
+            ],
+        )
+
+    @staticmethod
+    def memo(text: str | None = None) -> Instruction:
+        """Something that tells this payment from others of the same amount."""
+        return Instruction(MEMO_PROGRAM, (text or os.urandom(16).hex()).encode(), [])
+
+    @staticmethod
+    def budget(units: int = 20_000, price: int = 1) -> list[Instruction]:
+        """How much work at most, and what is paid for it beside the fee."""
+        return [set_compute_unit_limit(units), set_compute_unit_price(price)]
+
+    def instructions(self, accepted: Json, **changes: Any) -> list[Instruction]:
+        """What the official client would have in a transaction, with a changed transfer."""
+        return [*self.budget(), self.transfer(accepted, **changes), self.memo()]
+
+    def transaction(
+        self,
+        instructions: Sequence[Instruction],
+        fee_payer: str,
+        *,
+        blockhash: str | None = None,
+        legacy: bool = False,
+        tables: Sequence[AddressLookupTableAccount] = (),
+        signers: Sequence[Keypair] | None = None,
+    ) -> str:
+        """A transaction in base64, signed by all but the fee payer: by this wallet, or by
+        `signers`; for others that should sign there is a signature of zeros."""
+        payer = Pubkey.from_string(fee_payer)
+        latest = Hash.from_string(blockhash or self.node.blockhash())
+        message: Message | MessageV0
+        if legacy:
+            message = Message.new_with_blockhash(list(instructions), payer, latest)
+        else:
+            message = MessageV0.try_compile(payer, list(instructions), list(tables), latest)
+        by_key = {each.pubkey(): each for each in ([self.keypair] if signers is None else signers)}
+        wanted = message.account_keys[: message.header.num_required_signatures]
+        signatures = [
+            by_key[key].sign_message(to_bytes_versioned(message))
+            if key in by_key
+            else Signature.default()
+            for key in wanted
+        ]
+        return base64.b64encode(bytes(VersionedTransaction.populate(message, signatures))).decode()
+
+    def payment(
+        self,
+        challenge: Json,
+        *,
+        transfer: Changes = AS_IT_IS,
+        instructions: Sequence[Instruction] | None = None,
+        transaction: str | Changes = AS_IT_IS,
+        fee_payer: str | None = None,
+        accepted: Changes = AS_IT_IS,
+        **changes: Any,
+    ) -> Json:
+        """A payment for this challenge.
+
+        `transfer` changes the one instruction that pays, `instructions` replaces them all.
+        `transaction` is a ready one, or the options of the method of that name. `accepted` changes
+        the offer that is said to be taken; anything else the payment itself.
+        """
+        taken = offer(challenge, self.network)
+        if not isinstance(transaction, str):
+            transaction = self.transaction(
+                self.instructions(taken, **transfer) if instructions is None else instructions,
+                fee_payer or taken["extra"]["feePayer"],
+                **transaction,
+            )
+        payload = {"transaction": transaction}
+        return payment(challenge, taken | dict(accepted), payload, **changes)
+
+    def header(self, challenge: Json, **changes: Any) -> str:
+        """The same, as PAYMENT-SIGNATURE has it."""
+        return encode(self.payment(challenge, **changes))
+
+
 def requests_client(
     *wallets: EvmWallet | SolanaWallet, any_amount: bool = False
 ) -> requests.Session:
@@ -175,6 +300,6 @@ def _solana_scheme(wallet: SolanaWallet) -> Any:
     scheme = ExactSvmClientScheme(KeypairSigner(wallet.keypair), wallet.node.url)
     with warnings.catch_warnings():
         # It would make this by itself, in the midst of a payment, and be warned that it is old.
-        warnings.filterwarnings("ignore", "Client is deprecated", DeprecationWarning)
+        warnings.filterwarnings("ignore", "Client is deprecated", FutureWarning)
         scheme._clients[wallet.network] = Client(wallet.node.url)
     return scheme

@@ -76,7 +76,8 @@ class RpcServer(Leaving):
         """The next calls of the method come to nothing.
 
         They are answered with an error and not carried out; with `how="cut"` they are carried out
-        and the connection is closed instead of an answer; with `how="null"` the result is null.
+        and the connection is closed instead of an answer; with `how="null"` the result knows of
+        nothing.
         """
         with self._lock:
             self._failures += [(method, of_facilitator, how)] * times
@@ -88,6 +89,10 @@ class RpcServer(Leaving):
     def handle(self, method: str, params: list[Any]) -> Any:
         """The result, or RpcError."""
         raise NotImplementedError
+
+    def nothing(self, method: str, params: list[Any]) -> Any:
+        """A result that knows of nothing."""
+        return None
 
     def respond(self, exchange: Exchange) -> None:
         of_facilitator = exchange.hit.path == "/facilitator"
@@ -111,12 +116,15 @@ class RpcServer(Leaving):
         try:
             if how == "error":
                 raise RpcError("the node was told to fail")
-            result = self.handle(method, asked.get("params") or [])
+            params = asked.get("params") or []
+            if how == "null":
+                return answer | {"result": self.nothing(method, params)}
+            result = self.handle(method, params)
         except RpcError as failed:
             return answer | {"error": failed.error}
         if how == "cut":
             return None
-        return answer | {"result": None if how == "null" else result}
+        return answer | {"result": result}
 
 
 def _each(asked: Any) -> list[dict[str, Any]]:

@@ -3,10 +3,12 @@ PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 p
 	command -v $$p >/dev/null 2>&1 && \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-# What the tests have from npm: an OpenID provider, axe-core, and OpenAI's client.
-NPM := $(patsubst %,tests/%/node_modules/.package-lock.json,openid axe openai)
+# What the tests have from npm: an OpenID provider, axe-core, OpenAI's client, and an EVM chain.
+NPM := $(patsubst %,tests/%/node_modules/.package-lock.json,openid axe openai x402)
 # And llama.cpp's server, where it comes ready built.
 LLAMA := .venv/llama-installed
+# And those who pay with x402 and settle it, with what Farebox itself needs for that.
+PAYERS := .venv/payers-installed
 
 .PHONY: run test check bench bench-pages torture lock clean
 
@@ -19,7 +21,7 @@ IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
 # Hundreds of processes are started: they share what Python has compiled.
 test torture: export PYTHONDONTWRITEBYTECODE :=
 
-test: .venv/dev-installed $(NPM) $(LLAMA) ## every test that can run here
+test: .venv/dev-installed $(NPM) $(LLAMA) $(PAYERS) ## every test that can run here
 	@$(BIN)/python -m pytest $(IN_TWO)
 
 check: .venv/dev-installed ## format, lint, types, as CI does
@@ -35,7 +37,7 @@ bench: .venv/dev-installed ## Farebox beside a bare pass-through
 bench-pages: .venv/dev-installed ## the dashboard over a million calls, beside an empty one
 	@$(BIN)/python bench/pages.py
 
-torture: .venv/dev-installed $(NPM) $(LLAMA) ## the long sizes of the race and crash tests
+torture: .venv/dev-installed $(NPM) $(LLAMA) $(PAYERS) ## the long sizes of the race and crash tests
 	@FAREBOX_TORTURE=1 $(BIN)/python -m pytest
 
 lock: .venv/uv ## pin requirements.txt and all it needs, by hash
@@ -71,6 +73,11 @@ $(LLAMA): tests/llama/requirements.txt .venv/dev-installed
 	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: \
 		-r $< >/dev/null; then touch $@; \
 	else echo "There is no llama.cpp for this machine: the tests that need it will be skipped."; fi
+
+$(PAYERS): tests/x402/requirements.txt $(wildcard requirements-x402.txt) .venv/dev-installed
+	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: \
+		$(patsubst %,-r %,$(filter %.txt,$^)) >/dev/null; then touch $@; \
+	else echo "The x402 client is not for this machine: the tests that need it will be skipped."; fi
 
 clean: ## remove what make built; the instance folder stays
 	@rm -rf .venv tests/*/node_modules .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -197,17 +197,19 @@ class EvmChain(RpcServer):
         """Whether the authorization was used or cancelled."""
         return int(self._read("authorizationState(address,bytes32)", from_, nonce), 16) == 1
 
-    def submit(self, authorization: dict[str, Any], signature: str) -> str:
-        """Send what a payer signed, as anybody may who has seen it. Raises Reverted."""
+    def submit(self, authorization: dict[str, Any], signature: str, *, parts: bool = False) -> str:
+        """Send what a payer signed, as anybody may who has seen it. Raises Reverted.
+
+        The contract takes the signature whole, or in its three `parts`.
+        """
         fields = [authorization[name] for name in
                   ("from", "to", "value", "validAfter", "validBefore", "nonce")]  # fmt: skip
-        return self._send(
-            self._call_data(
-                "transferWithAuthorization(address,address,uint256,uint256,uint256,bytes32,bytes)",
-                *fields,
-                bytes.fromhex(signature.removeprefix("0x")),
-            )
-        )
+        signed = bytes.fromhex(signature.removeprefix("0x"))
+        function = "transferWithAuthorization(address,address,uint256,uint256,uint256,bytes32,"
+        if parts:
+            fields += [signed[64], int.from_bytes(signed[:32]), int.from_bytes(signed[32:64])]
+            return self._send(self._call_data(f"{function}uint8,bytes32,bytes32)", *fields))
+        return self._send(self._call_data(f"{function}bytes)", *fields, signed))
 
     def cancel(self, account: Account, nonce: str) -> str:
         """Have the payer take an authorization back. Raises Reverted."""

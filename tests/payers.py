@@ -8,11 +8,12 @@ it. Whatever takes changes lays them over what an honest payer would have put th
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from evm_chain import DOMAIN, NETWORK
@@ -187,8 +188,9 @@ class SolanaWallet:
         return Instruction(MEMO_PROGRAM, (text or os.urandom(16).hex()).encode(), [])
 
     @staticmethod
-    def budget(units: int = 20_000, price: int = 1) -> list[Instruction]:
-        """How much work at most, and what is paid for it beside the fee."""
+    def budget(units: int = 60_000, price: int = 1) -> list[Instruction]:
+        """How much work at most, and what is paid for it beside the fee. A transfer needs some 7,000
+        units, of which the official client allows 20,000."""
         return [set_compute_unit_limit(units), set_compute_unit_price(price)]
 
     def instructions(self, accepted: Json, **changes: Any) -> list[Instruction]:
@@ -202,7 +204,7 @@ class SolanaWallet:
         *,
         blockhash: str | None = None,
         legacy: bool = False,
-        tables: Sequence[AddressLookupTableAccount] = (),
+        tables: Sequence[AddressLookupTableAccount] = (),  # as `node.make_table` gives them
         signers: Sequence[Keypair] | None = None,
     ) -> str:
         """A transaction in base64, signed by all but the fee payer: by this wallet, or by
@@ -256,50 +258,61 @@ class SolanaWallet:
         return encode(self.payment(challenge, **changes))
 
 
+@contextlib.contextmanager
 def requests_client(
     *wallets: EvmWallet | SolanaWallet, any_amount: bool = False
-) -> requests.Session:
+) -> Iterator[requests.Session]:
     """The official client with requests: it pays what it is asked, up to a dollar a time."""
     import requests
     from x402 import x402ClientSync
     from x402.http.clients import wrapRequestsWithPayment
 
-    client = _register(x402ClientSync(), wallets, any_amount)
-    return wrapRequestsWithPayment(requests.Session(), client)
+    with contextlib.ExitStack() as stack:
+        client = _register(x402ClientSync(), wallets, any_amount, stack)
+        session = stack.enter_context(requests.Session())
+        yield wrapRequestsWithPayment(session, client)
 
 
-def httpx_client(
+@contextlib.asynccontextmanager
+async def httpx_client(
     *wallets: EvmWallet | SolanaWallet, any_amount: bool = False, **options: Any
-) -> httpx.AsyncClient:
+) -> AsyncIterator[httpx.AsyncClient]:
     """The official client with httpx. `options` are those of httpx.AsyncClient."""
     from x402 import x402Client
     from x402.http.clients import wrapHttpxWithPayment
 
-    client = _register(x402Client(), wallets, any_amount)
-    return wrapHttpxWithPayment(client, **options)
+    with contextlib.ExitStack() as stack:
+        client = _register(x402Client(), wallets, any_amount, stack)
+        async with wrapHttpxWithPayment(client, **options) as session:
+            yield session
 
 
-def _register(client: Any, wallets: Sequence[Any], any_amount: bool) -> Any:
+def _register(
+    client: Any, wallets: Sequence[Any], any_amount: bool, stack: contextlib.ExitStack
+) -> Any:
     for wallet in wallets:
         if isinstance(wallet, EvmWallet):
             from x402.mechanisms.evm.exact import register_exact_evm_client
 
             register_exact_evm_client(client, wallet.account)
         else:
-            client.register("solana:*", _solana_scheme(wallet))
+            client.register("solana:*", _solana_scheme(wallet, stack))
     if any_amount:
         client.set_spend_controls(False)
     return client
 
 
-def _solana_scheme(wallet: SolanaWallet) -> Any:
+def _solana_scheme(wallet: SolanaWallet, stack: contextlib.ExitStack) -> Any:
     from solana.rpc.api import Client
     from x402.mechanisms.svm import KeypairSigner
     from x402.mechanisms.svm.exact import ExactSvmClientScheme
 
     scheme = ExactSvmClientScheme(KeypairSigner(wallet.keypair), wallet.node.url)
     with warnings.catch_warnings():
-        # It would make this by itself, in the midst of a payment, and be warned that it is old.
-        warnings.filterwarnings("ignore", "Client is deprecated", FutureWarning)
-        scheme._clients[wallet.network] = Client(wallet.node.url)
+        # It would make this by itself in the midst of a payment, be warned that it is old, and
+        # never close it.
+        warnings.filterwarnings("ignore", "Client is deprecated")
+        node = Client(wallet.node.url)
+    stack.callback(node._provider.session.close)
+    scheme._clients[wallet.network] = node
     return scheme

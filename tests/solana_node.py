@@ -23,6 +23,7 @@ from rpc_server import RpcError, RpcServer, need
 need("solders")
 
 from solders.account import Account  # noqa: E402
+from solders.address_lookup_table_account import AddressLookupTableAccount  # noqa: E402
 from solders.keypair import Keypair  # noqa: E402
 from solders.litesvm import LiteSVM  # noqa: E402
 from solders.message import Message  # noqa: E402
@@ -180,14 +181,14 @@ class SolanaNode(RpcServer):
         self._in_vm(lambda machine: machine.set_account(where, account))
         return str(where)
 
-    def make_table(self, addresses: Sequence[Pubkey]) -> Pubkey:
-        """An address lookup table. Answers with its address."""
+    def make_table(self, addresses: Sequence[Pubkey]) -> AddressLookupTableAccount:
+        """An address lookup table, which stands for these in a message."""
         where = Keypair().pubkey()
         head = struct.pack("<IQQBB32sH", 1, 2**64 - 1, 0, 0, 0, b"", 0)
         data = head + b"".join(bytes(each) for each in addresses)
         account = Account(10_000_000, data, TABLES_PROGRAM, False, 0)
         self._in_vm(lambda machine: machine.set_account(where, account))
-        return where
+        return AddressLookupTableAccount(where, list(addresses))
 
     def fee_payer(self) -> tuple[str, str]:
         """Address and secret key of somebody new with SOL enough for many fees."""

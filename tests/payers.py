@@ -164,21 +164,25 @@ class SolanaWallet:
         Changes: `amount`, `decimals`, `mint`, `to` (who owns the account that is paid), `source`
         and `destination` (the accounts themselves), `authority`, `program`.
         """
-        mint = changes.get("mint", accepted["asset"])
-        source = changes.get("source", token_account(self.address, mint))
-        destination = changes.get(
-            "destination", token_account(changes.get("to", accepted["payTo"]), mint)
-        )
-        authority = changes.get("authority", self.keypair.pubkey())
-        amount = int(changes.get("amount", accepted["amount"]))
+        said: Json = {
+            "mint": accepted["asset"],
+            "to": accepted["payTo"],
+            "amount": accepted["amount"],
+            "decimals": 6,
+            "authority": self.keypair.pubkey(),
+            "program": TOKEN_PROGRAM,
+        } | changes
+        source = said.get("source") or token_account(self.address, said["mint"])
+        destination = said.get("destination") or token_account(said["to"], said["mint"])
+        amount = int(said["amount"]).to_bytes(8, "little")
         return Instruction(
-            changes.get("program", TOKEN_PROGRAM),
-            bytes([12]) + amount.to_bytes(8, "little") + bytes([changes.get("decimals", 6)]),
+            said["program"],
+            bytes([12]) + amount + bytes([said["decimals"]]),
             [
                 AccountMeta(source, is_signer=False, is_writable=True),
-                AccountMeta(Pubkey.from_string(mint), is_signer=False, is_writable=False),
+                AccountMeta(Pubkey.from_string(said["mint"]), is_signer=False, is_writable=False),
                 AccountMeta(destination, is_signer=False, is_writable=True),
-                AccountMeta(authority, is_signer=True, is_writable=False),
+                AccountMeta(said["authority"], is_signer=True, is_writable=False),
             ],
         )
 
@@ -189,8 +193,8 @@ class SolanaWallet:
 
     @staticmethod
     def budget(units: int = 60_000, price: int = 1) -> list[Instruction]:
-        """How much work at most, and what is paid for it beside the fee. A transfer needs some 7,000
-        units, of which the official client allows 20,000."""
+        """How much work at most, and what is paid for it beside the fee. The official client allows
+        20,000 units, which are too few for two transfers."""
         return [set_compute_unit_limit(units), set_compute_unit_price(price)]
 
     def instructions(self, accepted: Json, **changes: Any) -> list[Instruction]:

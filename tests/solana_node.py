@@ -338,7 +338,9 @@ class SolanaNode(RpcServer):
 
     def _account(self, address: str) -> dict[str, Any] | None:
         found = self._in_vm(lambda machine: machine.get_account(_key(address)))
-        return found and {
+        if found is None:
+            return None
+        return {
             "data": [base64.b64encode(bytes(found.data)).decode(), "base64"],
             "executable": found.executable,
             "lamports": found.lamports,
@@ -398,7 +400,7 @@ class SolanaNode(RpcServer):
         self, signatures: list[str], config: dict[str, Any] | None = None
     ) -> Any:
         everything = (config or {}).get("searchTransactionHistory", False)
-        found = []
+        found: list[dict[str, Any] | None] = []
         for signature in signatures:
             landed = self._landed.get(signature)
             if landed is None or not (everything or self._slot - landed.slot <= RECENT_SLOTS):

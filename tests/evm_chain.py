@@ -64,6 +64,8 @@ class EvmChain(RpcServer):
     asset = USDC
 
     def __init__(self) -> None:
+        if not ANVIL.exists():
+            pytest.skip("anvil is not installed: make test says why")
         super().__init__()
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
@@ -72,8 +74,6 @@ class EvmChain(RpcServer):
         self._mining = True
 
     def __enter__(self) -> Self:
-        if not ANVIL.exists():
-            pytest.skip("anvil is not installed: make test says why")
         super().__enter__()
         self._log = tempfile.TemporaryFile()  # `__exit__` closes it
         self._process = subprocess.Popen(

@@ -91,6 +91,7 @@ class Facilitator(Leaving):
         mended: bool = True,
         confirm_seconds: float = 2.0,
     ) -> None:
+        need("x402", "web3", "solana")
         super().__init__()
         self._evm, self._solana = evm, solana
         self._confirm_seconds = confirm_seconds
@@ -113,7 +114,6 @@ class Facilitator(Leaving):
         self.supported: Reply | None = None
 
     def __enter__(self) -> Self:
-        need("x402", "web3", "solana")
         super().__enter__()
         given: dict[str, Any] = {
             "evm_url": self._evm.facilitator_url if self._evm else None,

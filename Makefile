@@ -12,7 +12,14 @@ PAYERS := .venv/payers-installed
 
 .PHONY: run test check bench bench-pages torture lock clean
 
+# Only an instance that takes payments needs what that takes.
+HAS_X402 := $(BIN)/python -c 'import os, pathlib, sys, tomllib; \
+	file = pathlib.Path(os.environ.get("FAREBOX_INSTANCE") or "instance", "farebox.toml"); \
+	sys.exit(not file.exists() \
+		or "x402" not in tomllib.loads(file.read_text("utf-8")))' 2>/dev/null
+
 run: .venv/installed ## install, set up and serve in the foreground
+	@if $(HAS_X402); then $(MAKE) --no-print-directory .venv/x402-installed; fi
 	@exec $(BIN)/gunicorn -c gunicorn.conf.py
 
 # A file's tests share instances, so it stays in one of the two processes.
@@ -40,9 +47,10 @@ bench-pages: .venv/dev-installed ## the dashboard over a million calls, beside a
 torture: .venv/dev-installed $(NPM) $(LLAMA) $(PAYERS) ## the long sizes of the race and crash tests
 	@FAREBOX_TORTURE=1 $(BIN)/python -m pytest
 
-lock: .venv/uv ## pin requirements.txt and all it needs, by hash
-	@$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \
-		--no-annotate --no-emit-index-url --quiet -o requirements.lock requirements.txt
+lock: .venv/uv ## pin what runs and all it needs, by hash
+	@for name in requirements requirements-x402; do \
+		$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-header \
+			--no-annotate --no-emit-index-url --quiet -o $$name.lock $$name.txt || exit; done
 
 .venv/uv: requirements-dev.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -55,6 +63,11 @@ lock: .venv/uv ## pin requirements.txt and all it needs, by hash
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
 		-r requirements.lock
+	@touch $@
+
+.venv/x402-installed: requirements-x402.lock .venv/installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+		-r requirements-x402.lock
 	@touch $@
 
 .venv/dev-installed: requirements-dev.txt .venv/installed

@@ -21,6 +21,7 @@ from blueprints import (
     members,
     oidc,
     pages,
+    payments,
     rendering,
     session_tokens,
     usage,
@@ -56,8 +57,8 @@ def create_app(settings: Settings | None = None) -> Flask:
 
     app.before_request(_check_host)
     app.before_request(_preflight)
-    for module in (credits, llm_models, keys, members, session_tokens, audit, health, docs, auth,
-                   oidc, dashboard, billing, usage, settings_pages, admin):  # fmt: skip
+    for module in (credits, llm_models, keys, members, session_tokens, payments, audit, health,
+                   docs, auth, oidc, dashboard, billing, usage, settings_pages, admin):  # fmt: skip
         app.register_blueprint(module.blueprint)
     visitors.register(app)
     pages.register(app)
@@ -68,7 +69,13 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.register_error_handler(Exception, rendering.failed)
     cli.register(app)
 
-    app.wsgi_app = PaidRoutes(instance, app.wsgi_app)  # type: ignore[method-assign]
+    def challenge(environ: rendering.Environ, why: Refusal) -> tuple[int, dict[str, str], bytes]:
+        """What a browser is shown that should pay."""
+        with app.request_context(environ):
+            answer = rendering.refused(why)
+            return answer.status_code, dict(answer.headers), answer.get_data()
+
+    app.wsgi_app = PaidRoutes(instance, app.wsgi_app, challenge)  # type: ignore[method-assign]
     proxies = settings.trusted_proxies
     if proxies:
         app.wsgi_app = ProxyFix(app.wsgi_app, proxies, proxies, proxies)  # type: ignore[method-assign]

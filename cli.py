@@ -39,6 +39,8 @@ from core.errors import Refusal
 from core.gateway import ADAPTERS
 from core.instance import Instance
 from core.keys import NewSecret, Terms
+from core.payments import reconciler, records
+from core.payments.facilitator import Verdict
 from core.sessions import Origin
 from models import Tx
 
@@ -64,18 +66,23 @@ class WholeNumber(click.ParamType[int]):
 F = TypeVar("F", bound=Callable[..., Any])
 
 users_group = AppGroup("users", help="People who sign in.")
-accounts_group = AppGroup("accounts", help="Accounts. WHO is an e-mail, a did:… or an acct_….")
+accounts_group = AppGroup(
+    "accounts", help="Accounts. WHO is an e-mail, a did:…, a wallet or an acct_…."
+)
 tokens_group = AppGroup("tokens", help="Session tokens, ours and outside issuers'.")
 keys_group = AppGroup("keys", help="API keys.")
-credits_group = AppGroup("credits", help="Balances. WHO is an e-mail, a did:… or an acct_….")
+credits_group = AppGroup(
+    "credits", help="Balances. WHO is an e-mail, a did:…, a wallet or an acct_…."
+)
 vouchers_group = AppGroup("vouchers", help="Codes that become credits, once.")
+payments_group = AppGroup("payments", help="Payments on the spot (x402).")
 ledger_group = AppGroup("ledger", help="The books.")
 
 
 def register(app: Flask) -> None:
     """Give the app its commands."""
     for group in (users_group, accounts_group, tokens_group, keys_group, credits_group,
-                  vouchers_group, ledger_group):  # fmt: skip
+                  vouchers_group, payments_group, ledger_group):  # fmt: skip
         app.cli.add_command(group)
     for single in (audit_command, backup, restore, doctor_command, price):
         app.cli.add_command(single)
@@ -510,6 +517,66 @@ def cancel_voucher(voucher_id: str) -> None:
     """End a voucher nobody has redeemed."""
     now = clock.now_ms()
     write(lambda tx: vouchers.cancel(tx, voucher_id, now, COMMAND_LINE))
+
+
+# payments
+
+
+@payments_group.command("list")
+@click.argument("who", required=False)
+@click.option("--status", type=click.Choice(records.STATUSES))
+@plainly
+def list_payments(who: str | None, status: str | None) -> None:
+    """One payment a line, the last first: id, when, status, credits, wallet, network, and what the
+    network calls it."""
+    before, account_id = None, None
+    if who is not None:
+        with instance().db.reading() as tx:
+            account_id = users.account_of(tx, who)
+    while page := records.page(instance().db, before, 500, account_id, status):
+        for payment in page:
+            fields = [payment.id, clock.rfc3339(payment.created_at), payment.status]
+            fields += [str(payment.credits), payment.wallet_name, payment.network]
+            fields += [payment.transaction_id] if payment.transaction_id else []
+            click.echo(" ".join(fields))
+        before = page[-1].number
+
+
+@payments_group.command("show")
+@click.argument("payment_id", metavar="ID")
+@plainly
+def show_payment(payment_id: str) -> None:
+    """All that is known of a payment, one thing a line."""
+    with instance().db.reading() as tx:
+        payment = records.get(tx, payment_id)
+    for name, value in payment.told().items():
+        click.echo(f"{name:<15} {'-' if value is None else value}")
+
+
+@payments_group.command("reconcile")
+@click.argument("payment_id", metavar="ID", required=False)
+@click.option("--settled", metavar="TRANSACTION", help="It was: you have seen it on the network.")
+@click.option("--refused", is_flag=True, help="It was not, and will not be.")
+@plainly
+def reconcile_payments(payment_id: str | None, settled: str | None, refused: bool) -> None:
+    """Find out now how payments ended that nobody heard the end of; or say how one did."""
+    if (settled is not None or refused) and (payment_id is None or (settled and refused)):
+        raise click.UsageError("Give one ID, and one of --settled and --refused.")
+    if settled is not None or refused:
+        verdict = Verdict("refused", None, "the operator says so")
+        if settled is not None:
+            verdict = Verdict("settled", settled)
+        reconciler.overrule(instance(), str(payment_id), verdict, COMMAND_LINE)
+        click.echo(f"{payment_id} {verdict.outcome}")
+        return
+    if instance().desk is None:
+        raise click.ClickException("there is no [x402] in the config, so nobody can be asked")
+    still_unknown = 0
+    for found, verdict in reconciler.look_now(instance(), payment_id):
+        click.echo(f"{found} {verdict.outcome} {verdict.transaction or verdict.reason}")
+        still_unknown += verdict.outcome not in ("settled", "refused")
+    if still_unknown:
+        raise click.ClickException(f"{still_unknown} payments are still unknown")
 
 
 # the books

@@ -117,9 +117,9 @@ def moment(text: str | None, param: str) -> int | None:
 
 def window() -> tuple[int, int | None]:
     """How many rows are asked for, and after which: `limit` and `cursor` of the query."""
-    limit = _number("limit", MOST_PER_PAGE, default=50)
+    limit = number("limit", MOST_PER_PAGE, default=50)
     assert limit is not None  # it has a default
-    return limit, _number("cursor", 10**15, default=None)
+    return limit, number("cursor", 10**15, default=None)
 
 
 def page(rows: Sequence[tuple[int, dict[str, Any]]], limit: int) -> Response:
@@ -136,10 +136,11 @@ def page(rows: Sequence[tuple[int, dict[str, Any]]], limit: int) -> Response:
     )
 
 
-def _number(name: str, most: int, default: int | None) -> int | None:
+def number(name: str, most: int, default: int | None, least: int = 1) -> int | None:
+    """A whole number of the query. Raises `validation_error`."""
     text = request.args.get(name)
     if text is None:
         return default
-    if not re.fullmatch(r"[0-9]{1,15}", text, re.ASCII) or not 1 <= int(text) <= most:
-        raise errors.invalid_body(f"`{name}` is a whole number from 1 to {most}.", name)
+    if not re.fullmatch(r"[0-9]{1,15}", text, re.ASCII) or not least <= int(text) <= most:
+        raise errors.invalid_body(f"`{name}` is a whole number from {least} to {most}.", name)
     return int(text)

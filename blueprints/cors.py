@@ -6,14 +6,16 @@ from blueprints.rendering import Environ
 from core.instance import Instance
 
 _EXPOSED = (
-    "Idempotent-Replayed, Retry-After, X-Credits-Charged, X-Credits-Held, X-Credits-Remaining,"
+    "Idempotent-Replayed, PAYMENT-REQUIRED, PAYMENT-RESPONSE, Retry-After, X-Credits-Charged,"
+    " X-Credits-Credited, X-Credits-Held, X-Credits-Remaining,"
     " X-Max-Tokens-Clamped, X-RateLimit-Limit, X-RateLimit-Remaining, X-RateLimit-Reset,"
     " X-Request-Id, x-should-retry"
 )
 _NAMES = re.compile(r"[A-Za-z0-9-]+(?: ?, ?[A-Za-z0-9-]+){0,63}")
 _PREFLIGHT = {
     "Access-Control-Allow-Methods": "GET, HEAD, POST, PUT, PATCH, DELETE",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key, X-Request-Id",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, Idempotency-Key,"
+    " PAYMENT-SIGNATURE, X-Request-Id",
     "Access-Control-Max-Age": "600",
 }
 

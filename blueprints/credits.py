@@ -8,7 +8,7 @@ from flask import Blueprint, Response, request
 
 from blueprints.api import act, manager, moment, page, parsed, raw_body, reader, window
 from blueprints.rendering import client_address, instance, json_response
-from core import calls, clock, errors, ledger, users, vouchers
+from core import calls, clock, errors, ledger, users, vouchers, wallets
 from core.access import Principal
 from core.ledger import Standing
 
@@ -28,13 +28,14 @@ def account() -> Response:
     standing = _standing(principal)
     with instance().db.reading() as tx:
         privy_id = users.privy_id(tx, principal.user_id)
+        linked = wallets.of_account(tx, principal.account_id)
     return json_response(
         {
             "credits": standing.available,
             "held": standing.held,
             "account": principal.account_id,
             "privyUserId": privy_id,
-            "wallets": [],
+            "wallets": [wallet.name for wallet in linked],
             "usd_value": instance().worth(standing.available),
         }
     )
@@ -47,9 +48,10 @@ def account_in_short() -> Response:
     made = None if principal.key is None else principal.key.created_at
     with instance().db.reading() as tx:
         last_topup = ledger.last_topup_at(tx, principal.account_id)
+        linked = wallets.of_account(tx, principal.account_id)
     return json_response(
         {
-            "wallet": None,
+            "wallet": linked[0].address if linked else None,
             "credits_remaining": standing.available,
             "usdc_value": float(instance().worth(standing.available)),
             "last_topup_at": clock.rfc3339_or_none(last_topup),

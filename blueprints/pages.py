@@ -48,6 +48,7 @@ def register(app: Flask) -> None:
     """Give templates their words for numbers and times."""
     app.jinja_env.globals["new_id"] = tokens.new_id
     app.jinja_env.filters.update(
+        usdc=usdc,
         number=number, counted=counted, plural=plural, when=when, dollars=dollars,
         day_field=day_field, worth=lambda credits: instance().worth(credits),
     )  # fmt: skip
@@ -176,6 +177,14 @@ def names_of(tx: Tx, user_ids: set[str]) -> dict[str, str]:
 def number(value: int) -> str:
     """A whole number as people read it."""
     return f"{value:,}".replace("-", "−")
+
+
+def usdc(units: str) -> str:
+    """Millionths of a dollar as dollars, with at least the two places of a cent."""
+    dollars = Decimal(units).scaleb(-6).normalize()
+    exponent = dollars.as_tuple().exponent
+    assert isinstance(exponent, int)  # a finite number's is
+    return format(dollars.quantize(Decimal("0.01")) if exponent > -2 else dollars, ",f")
 
 
 def counted(value: int, thing: str) -> str:

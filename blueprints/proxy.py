@@ -18,6 +18,8 @@ from blueprints.rendering import (
     client_address,
     finishing,
     headers,
+    is_challenge,
+    prefers_html,
     raw_path,
     refusal,
     request_ids,
@@ -29,6 +31,8 @@ from core.gateway import Reaction
 from core.instance import Instance
 
 Wsgi = Callable[[Environ, Any], Iterable[bytes]]
+# What somebody at their browser is shown in place of a refusal that says what to pay.
+Challenge = Callable[[Environ, Refusal], tuple[int, dict[str, str], bytes]]
 
 _STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in HTTPStatus}
 
@@ -36,9 +40,10 @@ _STATUS_LINES = {status.value: f"{status.value} {status.phrase}" for status in H
 class PaidRoutes:
     """Serves what is in the catalog; everything else goes on to `otherwise`."""
 
-    def __init__(self, instance: Instance, otherwise: Wsgi) -> None:
+    def __init__(self, instance: Instance, otherwise: Wsgi, challenge: Challenge) -> None:
         self._instance = instance
         self._otherwise = otherwise
+        self._challenge = challenge
 
     def __call__(self, environ: Environ, start_response: Any) -> Iterable[bytes]:
         # The path as it was sent is what counts, so no other spelling of it is the same route.
@@ -78,6 +83,8 @@ class PaidRoutes:
                 ),
             )  # fmt: skip
         except Refusal as why:
+            if is_challenge(why) and prefers_html(environ):
+                return Reaction(*self._challenge(environ, why))
             return Reaction(*refusal(self._instance, environ, why))
         except Exception as error:
             return Reaction(*refusal(self._instance, environ, unexpected(environ, error)))

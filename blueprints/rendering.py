@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from flask import Response, current_app, render_template, request
+from werkzeug.datastructures import MIMEAccept
 from werkzeug.exceptions import HTTPException
+from werkzeug.http import parse_accept_header
 
 from core import errors, tokens
 from core.errors import Refusal
@@ -120,22 +122,29 @@ def page(template: str, status: int = 200, **values: Any) -> Response:
     return Response(render_template(template, **values), status, mimetype="text/html")
 
 
+def is_challenge(why: Refusal) -> bool:
+    """Whether a refusal says what can be paid."""
+    return "PAYMENT-REQUIRED" in why.headers
+
+
+def prefers_html(environ: Environ) -> bool:
+    """Whether whoever asks would rather have a page than JSON."""
+    accept = parse_accept_header(environ.get("HTTP_ACCEPT"), MIMEAccept)
+    return accept.best_match(["application/json", "text/html"]) == "text/html"  # in doubt the first
+
+
 def refused(why: Refusal) -> Response:
-    """A refusal, for Flask: a page for people at their browser, JSON for everything else."""
-    if not _is_for_a_person():
+    """A refusal, for Flask: a page for people at their browser, JSON for everything else. Under the
+    API's paths the only page is the one that says what can be paid."""
+    of_api = request.path.startswith(("/api/", "/v1/"))
+    if not prefers_html(request.environ) or (of_api and not is_challenge(why)):
         status, found, body = refusal(instance(), request.environ, why)
         return Response(body, status, found)
+    template = "payment.html" if is_challenge(why) else "error.html"
     request_id = request_ids(request.environ)[0]
-    answer = page("error.html", why.kind.status, why=why, request_id=request_id)
+    answer = page(template, why.kind.status, why=why, request_id=request_id)
     answer.headers.update(why.all_headers())
     return answer
-
-
-def _is_for_a_person() -> bool:
-    if request.path.startswith(("/api/", "/v1/")):
-        return False
-    kinds = ["application/json", "text/html"]  # in doubt the first
-    return request.accept_mimetypes.best_match(kinds) == "text/html"
 
 
 def http_error(error: HTTPException) -> Response:

@@ -34,6 +34,7 @@ from config.sections import (
     UnitsSection,
     UpstreamSection,
 )
+from config.x402 import Network, Payments, payments, urls_and_headers
 
 __all__ = [
     "FILE_NAME",
@@ -44,7 +45,9 @@ __all__ = [
     "IssuerSection",
     "LimitsSection",
     "ModelSection",
+    "Network",
     "OidcSection",
+    "Payments",
     "RouteSection",
     "Settings",
     "SmtpSection",
@@ -80,6 +83,7 @@ class Settings:
     models: list[ModelSection]
     configured_at: int  # when the file was last changed, in seconds
     limits: LimitsSection
+    payments: Payments | None  # None when nobody can pay on the spot
     issuers: list[IssuerSection]
     issuer_pems: dict[str, str]  # `iss` → the text of its pem_file, of issuers that have one
     oidc: dict[str, OidcSection]
@@ -125,6 +129,8 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
     try:
         file = _read_file(folder / FILE_NAME, environ, interpolated)
         check(file)
+        usd_per_credit = file.instance.usd_per_credit
+        payable = None if file.x402 is None else payments(file.x402, usd_per_credit)
         issuer_pems = read_public_keys(folder, file.issuers)
     except ConfigError as error:
         # What came from the environment may be a secret, and this line goes to a log.
@@ -163,13 +169,14 @@ def load(environ: Mapping[str, str] | None = None) -> Settings:
         trusted_proxies=_number(environ, "FAREBOX_TRUSTED_PROXIES", 0, 0, 10),
         operator_key=operator_key,
         secret_key=secret_key,
-        usd_per_credit=Decimal(file.instance.usd_per_credit),
+        usd_per_credit=Decimal(usd_per_credit),
         instance=file.instance,
         upstreams=file.upstreams,
         routes=file.routes,
         models=file.models,
         configured_at=int((folder / FILE_NAME).stat().st_mtime),
         limits=file.limits,
+        payments=payable,
         issuers=file.issuers,
         issuer_pems=issuer_pems,
         oidc={name: _labelled(name, section) for name, section in file.oidc.items()},
@@ -281,6 +288,7 @@ def _written(file: File) -> set[str]:
     values = {value for section in sections for value in section.headers.values()}
     values |= {section.auth_token for section in sections if section.auth_token}
     values |= {section.client_secret for section in file.oidc.values()}
+    values |= set() if file.x402 is None else urls_and_headers(file.x402)
     password = urlsplit(file.smtp.url).password if file.smtp else None
     return values | {password, unquote(password)} if password else values
 

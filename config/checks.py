@@ -75,6 +75,10 @@ def check(file: File) -> None:
     for number, route in enumerate(file.routes):
         at = f"$.routes[{number}]"
         _check_route(at, route, file.upstreams)
+        if route.x402 and file.x402 is None:
+            fail(f"{at}.x402", "needs an [x402] section")
+        if route.x402 and not route.priced_by_model and not route.credits:
+            fail(f"{at}.x402", "a call that costs nothing cannot be paid")
         for method in route.methods:
             if (route.path, method) in taken:
                 fail(f"{at}.path", f"{method} {route.path} is already {taken[route.path, method]}")
@@ -118,11 +122,7 @@ def _check_upstream(at: str, upstream: UpstreamSection) -> None:
     if upstream.base_url is not None:
         check_url(f"{at}.base_url", upstream.base_url)
     for name, value in upstream.headers.items():
-        _check_header_name(f"{at}.headers.{name}", name)
-        if name.lower() in (_CONNECTION | {"x-request-id"}) - {"host"}:
-            fail(f"{at}.headers.{name}", "this header of a request is ours to set")
-        if not re.fullmatch(r"[\x20-\x7e\t]*", value):
-            fail(f"{at}.headers.{name}", "expected a value of printable ASCII")
+        check_header(f"{at}.headers.{name}", name, value)
     for key in ("forward_headers", "return_headers"):
         for number, name in enumerate(getattr(upstream, key)):
             _check_header_name(f"{at}.{key}[{number}]", name)
@@ -152,8 +152,6 @@ def _check_route(at: str, route: RouteSection, upstreams: dict[str, UpstreamSect
         fail(f"{at}.upstream", f"no [upstreams.{route.upstream}] is defined")
     if route.upstream_path and route.upstream_path.endswith("/*") > route.path.endswith("/*"):
         fail(f"{at}.upstream_path", "ends in /* but the path does not")
-    if route.x402:
-        fail(f"{at}.x402", "needs an [x402] section")
     if route.cost_usd is not None:
         _check_decimal(f"{at}.cost_usd", route.cost_usd)
     _check_units(at, route)
@@ -256,7 +254,7 @@ def _check_issuer(at: str, section: IssuerSection) -> None:
             f"expected the name of a file in the instance folder, such as privy.pem, got {name!r}",
         )
     if url is not None:
-        _check_safe_url(f"{at}.jwks_url", url)
+        check_safe_url(f"{at}.jwks_url", url)
 
 
 def _check_oidc(name: str, section: OidcSection) -> None:
@@ -264,7 +262,7 @@ def _check_oidc(name: str, section: OidcSection) -> None:
     if not re.fullmatch(r"[a-z][a-z0-9_-]{0,31}", name):
         fail(at, "expected a name of at most 32 of a-z, 0-9, _ and -, a letter first")
     url = section.server_metadata_url
-    _check_safe_url(f"{at}.server_metadata_url", url)
+    check_safe_url(f"{at}.server_metadata_url", url)
     if not urlsplit(url).path.endswith(WELL_KNOWN):
         fail(
             f"{at}.server_metadata_url",
@@ -332,8 +330,9 @@ def check_url(at: str, url: str, path: bool = True) -> None:
         fail(at, f"expected http:// or https:// and a host, got {url!r}")
 
 
-def _check_safe_url(at: str, url: str) -> None:
-    """What it answers is believed, so nobody on the way may change it."""
+def check_safe_url(at: str, url: str, secret: bool = False) -> None:
+    """What it answers is believed, so nobody on the way may change it. A `secret` one, which may
+    have a key in it, is not told."""
     parts = _split(url)
     if (
         parts is None
@@ -344,7 +343,8 @@ def _check_safe_url(at: str, url: str) -> None:
             or (parts.scheme == "http" and is_loopback(parts.hostname or ""))
         )
     ):
-        fail(at, f"expected https:// and a host, or http:// and a loopback address, got {url!r}")
+        got = "" if secret else f", got {url!r}"
+        fail(at, f"expected https:// and a host, or http:// and a loopback address{got}")
 
 
 def _split(url: str) -> SplitResult | None:
@@ -355,6 +355,15 @@ def _split(url: str) -> SplitResult | None:
     except ValueError:
         return None
     return parts if sound else None
+
+
+def check_header(at: str, name: str, value: str) -> None:
+    """Whether a header may be sent with every request to somebody."""
+    _check_header_name(at, name)
+    if name.lower() in (_CONNECTION | {"x-request-id"}) - {"host"}:
+        fail(at, "this header of a request is ours to set")
+    if not re.fullmatch(r"[\x20-\x7e\t]*", value):
+        fail(at, "expected a value of printable ASCII")
 
 
 def _check_header_name(at: str, name: str) -> None:

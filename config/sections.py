@@ -66,7 +66,7 @@ class RouteSection(Section, frozen=True):
     per: Literal["call", "sms_segment", "unit"] = "call"
     units: UnitsSection | None = None
     dialect: Literal["flat", "object"] | None = None
-    x402: bool = False
+    x402: bool | None = None  # whether a call can be paid on the spot
     cost_usd: str | None = None
     body_bytes: Bytes | None = None
 
@@ -158,6 +158,27 @@ class SmtpSection(Section, frozen=True):
         return unquote(parts.username), unquote(parts.password)
 
 
+class AssetSection(Section, frozen=True):
+    """A token other than a network's USDC. It too has six decimals and is worth a dollar."""
+
+    address: str
+    name: str = "USD Coin"  # of its EIP-712 domain
+    version: str = "2"
+
+
+class X402Section(Section, frozen=True):
+    """Payments on the spot. What is not by network is a table by network or one for all."""
+
+    facilitator_url: str | dict[str, str]
+    pay_to: Annotated[dict[str, str], msgspec.Meta(min_length=1)]
+    facilitator_headers: dict[str, str | dict[str, str]] = {}
+    rpc: dict[str, str] = {}
+    asset: dict[str, str | AssetSection] = {}
+    topup_credits: Positive | None = None
+    topup_min: Positive | None = None
+    topup_max: Annotated[int, msgspec.Meta(ge=1, le=10**9)] = 100_000
+
+
 class AlertsSection(Section, frozen=True):
     """When people are told of something before it stops them."""
 
@@ -174,6 +195,7 @@ class File(Section, frozen=True):
     limits: LimitsSection = LimitsSection()
     issuers: list[IssuerSection] = []
     oidc: dict[str, OidcSection] = {}
+    x402: X402Section | None = None
     smtp: SmtpSection | None = None
     alerts: AlertsSection = AlertsSection()
 

@@ -21,6 +21,7 @@ from core import (
     scopes,
     session_tokens,
     tokens,
+    wallets,
 )
 from core.audit import Actor
 from core.catalog import Route
@@ -32,6 +33,7 @@ from core.limits import CreditLimit, Rate
 from core.session_tokens import Bearer
 from core.sessions import Seat
 from core.users import User
+from core.wallets import Wallet
 from models import Tx
 
 LONGEST_CREDENTIAL = 8192
@@ -42,8 +44,8 @@ _VISIBLE = re.compile(r"[\x20-\x2b\x2d-\x7e]*")  # no comma: two headers arrive 
 class Principal(NamedTuple):
     """Whoever a credential stands for, and the terms under which it may spend."""
 
-    payer: str  # `api_key`, `session` or `operator`
-    account_id: str
+    payer: str  # `api_key`, `session`, `x402` or `operator`
+    account_id: str  # nothing for a wallet that has not paid yet
     user_id: str | None
     rate_subject: str
     rate_limit: int | None  # requests a minute; None for the operator
@@ -82,6 +84,28 @@ def identify(instance: Instance, headers: Mapping[str, str], client: str) -> Pri
     if token.startswith("eyJ"):
         return _by_session_token(instance, token, client)
     return _by_key(instance, token, client)
+
+
+def is_stranger(headers: Mapping[str, str]) -> bool:
+    """Whether a request says nothing of who sends it, so that it can only be paid on the spot.
+
+    Raises as `bearer` does: a Bearer that is bad never falls through to another way to pay.
+    """
+    return bearer(headers.get("authorization")) is None
+
+
+def by_wallet(instance: Instance, wallet: Wallet) -> Principal:
+    """The principal of a payment that its wallet has signed. It spends what it pays, no more.
+
+    Raises `account_suspended`.
+    """
+    with instance.db.reading() as tx:
+        owner = wallets.owner_of(tx, wallet)
+    if owner is not None and owner.status != "active":
+        raise account_suspended(owner.reason)
+    account_id = "" if owner is None else owner.account_id
+    default = instance.settings.limits.requests_per_minute
+    return Principal("x402", account_id, None, account_id or wallet.id, default, _ALWAYS)
 
 
 def bearer(header: str | None) -> str | None:

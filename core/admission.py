@@ -9,26 +9,41 @@ from core.errors import Refusal
 from core.idempotency import Stored
 from core.ledger import NewCall, Standing
 from core.limits import Rate
+from core.payments import claims, deposits, records
+from core.payments.claims import Answered, Tender
+from core.payments.records import Record
 from models import Tx
 
 
+class Claimed(NamedTuple):
+    """A call that is to be paid first."""
+
+    call: NewCall
+    order: Order
+    print: bytes
+    record: Record
+
+
 class Admission(NamedTuple):
-    """What was decided. Exactly one of `held`, `stored` and `refusal` is set; none of them means
-    that the credential changed after it was verified."""
+    """What was decided. Exactly one of `held`, `stored`, `claimed` and `refusal` is set; none of
+    them means that the credential changed after it was verified."""
 
     rate: Rate | None
     standing: Standing | None = None
     held: tuple[NewCall, Order] | None = None  # for less than was asked, if need be
     stored: Stored | None = None
+    claimed: Claimed | None = None
     refusal: Refusal | None = None
+    payment: Record | None = None  # the one that has paid for what is held or stored
 
 
 def admit(
     tx: Tx, principal: Principal, call: NewCall, order: Order | Refusal, inbound: Inbound,
-    most_calls: int,
+    most_calls: int, tender: Tender | Refusal | None = None,
 ) -> Admission:  # fmt: skip
     """Count the attempt, look for a stored answer, spend the limit, hold the credits: in the order
-    in which the contract says what wins. In place of an order there may be what was wrong with it.
+    in which the contract says what wins. In place of an order there may be what was wrong with it,
+    and in place of a payment too. One that came with the request is claimed when nothing else pays.
 
     A refusal is returned and not raised, so that the attempt stays counted.
     """
@@ -42,19 +57,84 @@ def admit(
         keys.note_use(tx, principal.key, now)
     if isinstance(order, Refusal):
         return Admission(rate, refusal=order)
-    fingerprint = b""
+    print_ = tender.use.print if isinstance(tender, Tender) else b""
+    if call.idempotency_key is not None and not print_:
+        print_ = idempotency.fingerprint(call.method, inbound.path, inbound.query, inbound.body)
     if call.idempotency_key is not None:
-        fingerprint = idempotency.fingerprint(
-            call.method, inbound.path, inbound.query, inbound.body
-        )
-        found = idempotency.find(tx, call.account_id, call.idempotency_key, fingerprint, now)
+        found = idempotency.find(tx, call.account_id, call.idempotency_key, print_, now)
         if isinstance(found, Refusal):
             return Admission(rate, refusal=found)
         if found is not None:
             return Admission(rate, ledger.standing(tx, call.account_id), stored=found)
+    if isinstance(tender, Tender):
+        running = claims.running(tx, tender, now)
+        if running is not None:
+            return Admission(rate, refusal=running)
+    paid: Record | None = None  # before, for this very request
+    if isinstance(tender, Tender):
+        known = claims.known(tx, tender, now)
+        if isinstance(known, Refusal):
+            return Admission(rate, refusal=known)
+        if isinstance(known, Answered):
+            record = known.record
+            standing = ledger.standing(tx, str(record.account_id))
+            return Admission(rate, standing, stored=known.stored, payment=record)
+        paid = known
+    if principal.payer == "x402" and paid is None:
+        # A payment is not a signature for the request: it opens no credits but its own.
+        return _claim(tx, call, order, print_, most_calls, tender, rate)
+    asked = order
     if order.fit is not None and principal.pays:
         order = order.fit(_spendable(tx, principal, call))
         call = call._replace(units=order.units, price=order.price, held=order.price)
+    admission = _hold(tx, principal, call, order, print_, most_calls, rate, paid)
+    if admission.refusal is None or admission.refusal.code != "insufficient_credits":
+        return admission
+    if paid is not None:
+        return Admission(rate, refusal=claims.already_used())
+    if tender is None:
+        return admission
+    units, price = asked.units, asked.price
+    call = call._replace(units=units, price=price, held=price)
+    return _claim(tx, call, asked, print_, most_calls, tender, rate)
+
+
+def admit_paid(
+    tx: Tx, principal: Principal, claimed: Claimed, record: Record, most_calls: int, now: int
+) -> Admission:
+    """Enter what a settled payment has paid and hold it, in one transaction. What cannot be held
+    any more, because something changed meanwhile, stays on the account: that is returned, not
+    raised."""
+    account_id, is_new = deposits.deposit(tx, record, now)
+    if not is_new:
+        return Admission(None, refusal=claims.in_progress())
+    call = claimed.call._replace(account_id=account_id, created_at=now)
+    return _hold(tx, principal, call, claimed.order, claimed.print, most_calls, None, record)
+
+
+def _claim(
+    tx: Tx, call: NewCall, order: Order, print_: bytes, most_calls: int,
+    tender: Tender | Refusal | None, rate: Rate | None,
+) -> Admission:  # fmt: skip
+    """Claim the payment, unless the request would be refused even with the credits."""
+    why: Refusal | Record | None = tender if not isinstance(tender, Tender) else None
+    if why is None and call.account_id:
+        why = ledger.why_not_held(tx, call.account_id, 0, most_calls)
+    if why is None and isinstance(tender, Tender):
+        why = claims.claim(tx, tender, call.created_at)
+    if isinstance(why, Refusal):
+        return Admission(rate, refusal=why)
+    assert why is not None  # whoever is no stranger and has no payment was refused before
+    return Admission(rate, claimed=Claimed(call, order, print_, why))
+
+
+def _hold(
+    tx: Tx, principal: Principal, call: NewCall, order: Order, print_: bytes, most_calls: int,
+    rate: Rate | None, payment: Record | None,
+) -> Admission:  # fmt: skip
+    """Spend the limits and hold the credits."""
+    if payment is not None and call.idempotency_key is None:
+        call = call._replace(idempotency_key=payment.answer_key)
     counted = _count(tx, principal, call)
     if isinstance(counted, Refusal):
         return Admission(rate, refusal=counted)
@@ -65,8 +145,12 @@ def admit(
         why = ledger.why_not_held(tx, call.account_id, call.held, most_calls)
         return Admission(rate, refusal=why)
     if call.idempotency_key is not None:
-        idempotency.claim(tx, call.account_id, call.idempotency_key, fingerprint, call.id, now)
-    return Admission(rate, standing, held=(call, order))
+        idempotency.claim(
+            tx, call.account_id, call.idempotency_key, print_, call.id, call.created_at
+        )
+        if payment is not None:
+            records.use(tx, payment.id, call.id, call.idempotency_key)
+    return Admission(rate, standing, held=(call, order), payment=payment)
 
 
 def _spendable(tx: Tx, principal: Principal, call: NewCall) -> int:

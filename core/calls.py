@@ -264,6 +264,12 @@ def account_of(tx: Tx, call_id: str) -> str | None:
     return None if row is None else row[0]
 
 
+def status_of(tx: Tx, call_id: str) -> str | None:
+    """`held`, `captured` or `voided`."""
+    row = tx.row("SELECT status FROM call WHERE id = :id", {"id": call_id})
+    return None if row is None else row[0]
+
+
 def in_flight(tx: Tx) -> list[tuple[str, str]]:
     """The id and incarnation of every call that is still held."""
     rows = tx.rows("SELECT id, incarnation FROM call WHERE status = 'held'")

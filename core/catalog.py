@@ -42,6 +42,7 @@ class Route:
     dialect: str
     cost_usd: Decimal | None
     body_bytes: int
+    x402: bool = False  # whether a call can be paid on the spot
     models: Mapping[str, Model] = field(default_factory=dict)  # by id, where they say the price
 
     @property
@@ -83,6 +84,15 @@ class Route:
     def price(self, units: int) -> int:
         """What so many units cost, in credits."""
         return self.credits if self.per == "call" else self.credits * units
+
+    @property
+    def least_price(self) -> int:
+        """What the smallest call asks for, in credits: who cannot be told a price is told this."""
+        if self.models:
+            least = min(model.section.credits_per_request for model in self.models.values())
+        else:
+            least = self.price(self.most_units)
+        return max(1, least)
 
     def cost(self, units: int) -> str | None:
         """What `units` cost the operator in dollars, as a decimal string, if the route says."""
@@ -147,8 +157,18 @@ def _route(section: RouteSection, settings: Settings) -> Route:
         cost_usd=None if section.cost_usd is None else Decimal(section.cost_usd),
         body_bytes=section.body_bytes
         or (_MODELS_BODY_BYTES if section.priced_by_model else settings.limits.body_bytes),
+        x402=_is_payable(section, settings),
         models=_models(section.upstream, settings) if section.priced_by_model else {},
     )
+
+
+def _is_payable(section: RouteSection, settings: Settings) -> bool:
+    if settings.payments is None:
+        return False
+    if section.x402 is None:
+        costs = section.priced_by_model or bool(section.credits)
+        return costs and not section.path.startswith("/v1/")
+    return section.x402
 
 
 def _models(first: str, settings: Settings) -> dict[str, Model]:

@@ -11,6 +11,7 @@ from core import clock, ledger, limits, rates, upstream
 from core.adapters.sms import TWILIO_URL
 from core.errors import Refusal
 from core.instance import Instance
+from core.payments import facilitator
 
 _PATIENCE_SECONDS = 5
 
@@ -35,6 +36,7 @@ def examine(instance: Instance) -> Iterator[Finding]:
             url = section.base_url or TWILIO_URL
             problem = _reach(url)
             yield Finding("bad" if problem else "ok", f"upstream {name}: {problem or 'reachable'}")
+    yield from _payments(settings)
     yield from _people(settings)
     used = {route.upstream for route in settings.routes}
     used |= {name for model in settings.models for name in (model.upstream, model.fallback) if name}
@@ -62,6 +64,28 @@ def _models(instance: Instance) -> Iterator[Finding]:
                 f"price {model.id}: {loss.input_tokens} tokens in and {loss.output_tokens} out"
                 f" cost ${loss.cost:f}, bring ${loss.earned:f}",
             )
+
+
+def _payments(settings: Settings) -> Iterator[Finding]:
+    """Whether somebody settles payments on each network, and whether its node answers."""
+    for network in () if settings.payments is None else settings.payments.networks.values():
+        name = f"facilitator of {network.id}"
+        try:
+            found = facilitator.supported(network)
+        except Refusal as refusal:
+            yield Finding("bad", f"{name}: {refusal.message}")
+        else:
+            told = "settles payments" if found.settles else "does not settle payments there"
+            yield Finding("ok" if found.settles else "bad", f"{name}: {told}")
+        if network.rpc is None:
+            yield Finding(
+                "warn",
+                f"rpc of {network.id}: none, so a settlement whose end is not heard stays"
+                " unconfirmed until the facilitator tells",
+            )
+            continue
+        problem = _reach(network.rpc)
+        yield Finding("bad" if problem else "ok", f"rpc of {network.id}: {problem or 'reachable'}")
 
 
 def _people(settings: Settings) -> Iterator[Finding]:

@@ -29,6 +29,8 @@ KINDS: dict[str, Kind] = {
     "invalid_api_key": Kind(401, _AUTH, False, "The key is unknown, mistyped, revoked or expired; the answer is the same for all of them on purpose."),
     "invalid_token": Kind(401, _AUTH, False, "The session token is bad, expired, signed out or revoked."),
     "insufficient_credits": Kind(402, _PAYMENT, False, "The account has fewer credits available than the call would set aside: see `credits` and `required`. Nothing was charged and nothing was sent upstream."),
+    "payment_required": Kind(402, _PAYMENT, False, "The call can be paid on the spot: `accepts` says what, in which token, on which networks. Sign one of them and send the request again with `PAYMENT-SIGNATURE`; or use an API key. Nothing was charged."),
+    "payment_invalid": Kind(402, _PAYMENT, False, "The payment was refused, and no money moved: `reason` says why, `accepts` what would be taken."),
     "key_suspended": Kind(403, _PERMISSION, False, "The key is suspended; `reason` says why. Its owner or the operator can resume it."),
     "account_suspended": Kind(403, _PERMISSION, False, "The account is suspended; `reason` says why. Ask the operator."),
     "session_required": Kind(403, _PERMISSION, False, "An API key can spend and read its own calls; managing the account takes a session token."),
@@ -44,6 +46,8 @@ KINDS: dict[str, Kind] = {
     "unsupported_media_type": Kind(415, _REQUEST, False, "The Content-Type is not one this route reads, or the body has a Content-Encoding, which is never accepted."),
     "idempotency_in_progress": Kind(409, _REQUEST, True, "The first call with this Idempotency-Key is still running. Try again after `Retry-After` seconds."),
     "idempotency_replay_unavailable": Kind(409, _REQUEST, False, "The first call with this Idempotency-Key succeeded and was charged, but its answer was too large, or cut, and so was not kept. This repeat was not charged."),
+    "payment_in_progress": Kind(409, _PAYMENT, True, "A request with this very payment is being served. Try again after `Retry-After` seconds with the same payment."),
+    "payment_already_used": Kind(409, _PAYMENT, False, "This payment was spent on another request, or its answer is not kept any more. Nothing was charged now."),
     "conflict": Kind(409, _REQUEST, False, "The change contradicts the present state."),
     "idempotency_key_reused": Kind(422, _REQUEST, False, "This Idempotency-Key was used with another request. Use a new key for a new request."),
     "rate_limited": Kind(429, _RATE, True, "Too many requests in this minute, or too many calls at once. Try again after `Retry-After` seconds."),
@@ -51,6 +55,8 @@ KINDS: dict[str, Kind] = {
     "provider_error": Kind(502, _API, True, "The upstream failed or could not be reached. What was set aside is back (`refunded`); nothing was charged."),
     "storage_unavailable": Kind(503, _API, True, "The database could not answer just now. Nothing was charged."),
     "overloaded": Kind(503, _API, True, "Too much is being done at this moment, such as verifying keys for the first time. Try again after `Retry-After` seconds."),
+    "facilitator_unavailable": Kind(503, _API, True, "Whoever settles payments here could not be reached. The payment was not sent; send it again after `Retry-After` seconds."),
+    "payment_unconfirmed": Kind(503, _API, True, "Whether the payment was settled is not known yet; it is being found out. Do not pay again: send the same request with the same payment after `Retry-After` seconds."),
     "provider_timeout": Kind(504, _API, True, "The upstream did not answer in time. What was set aside is back (`refunded`); nothing was charged."),
 }  # fmt: skip
 

@@ -17,13 +17,15 @@ from core.access import Principal
 from core.adapters import Adapter, Charge, Course, Inbound, Order, Receipt, llm
 from core.adapters.forward import Forward
 from core.adapters.sms import SmsAdapter
-from core.admission import Admission, admit
+from core.admission import Admission, admit, admit_paid
 from core.catalog import MIB, Route
 from core.errors import Refusal
 from core.idempotency import Stored
 from core.instance import Instance
 from core.ledger import NewCall, Outcome, Resolved, Standing
+from core.payments.claims import Tender
 from core.settlement import Settlement
+from core.till import Till
 from core.upstream import Reply, Unreached
 
 log = logging.getLogger("farebox.gateway")
@@ -78,16 +80,28 @@ def serve(instance: Instance, request: Request) -> Reaction:
     route = instance.catalog.match(request.method, request.path)
     adapter = ADAPTERS[route.adapter]
     inbound = _read(route, adapter, request)
-    principal = access.identify(instance, request.headers, request.client)
+    till: Till | None = None
+    if route.x402 and instance.desk is not None:
+        least, about = route.least_price, f"One call of {route.path}"
+        till = Till(instance, instance.desk, inbound, request.client, "call", least, about)
+        principal = till.principal(lambda: _order(route, adapter, inbound))
+    else:
+        principal = access.identify(instance, request.headers, request.client)
     access.authorize(principal, route)
     order = _too_soon(instance, principal, inbound) or _order(route, adapter, inbound)
     if isinstance(order, Order) and order.model is not None:
         access.authorize_model(principal, order.model)
     call = _call(instance, route, principal, request, order)
     most_calls = instance.settings.limits.concurrent_calls if principal.pays else _NO_LIMIT
-    admission = instance.db.write(lambda tx: admit(tx, principal, call, order, inbound, most_calls))
+    tender = None if till is None else till.tender(principal, order, call.idempotency_key)
+    admission = instance.db.write(
+        lambda tx: admit(tx, principal, call, order, inbound, most_calls, tender),
+        durable=isinstance(tender, Tender),
+    )
     rate_headers = {} if admission.rate is None else admission.rate.headers()
     try:
+        if till is not None:
+            admission = _settle(till, admission, principal, most_calls)
         if admission.refusal is not None:
             raise admission.refusal
         if admission.stored is not None:
@@ -102,9 +116,25 @@ def serve(instance: Instance, request: Request) -> Reaction:
             raise errors.invalid_api_key()
     except Refusal as refusal:
         refusal.headers.update(rate_headers)
+        if till is not None:
+            till.refuse(refusal, order)
         raise
     reaction.headers.update(rate_headers)
+    if till is not None:
+        reaction.headers.update(till.headers(reaction.status))
     return reaction
+
+
+def _settle(till: Till, admission: Admission, principal: Principal, most_calls: int) -> Admission:
+    """The admission of a call whose payment was claimed, once that is settled."""
+    claimed = admission.claimed
+    if claimed is None:
+        till.paid_by(admission.payment)
+        return admission
+    return till.collect(
+        claimed.record,
+        lambda tx, paid, now: admit_paid(tx, principal, claimed, paid, most_calls, now),
+    )
 
 
 def _read(route: Route, adapter: Adapter, request: Request) -> Inbound:

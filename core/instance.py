@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 from decimal import Decimal, localcontext
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import apsw
 
@@ -18,6 +19,9 @@ from core.keys import Verifier
 from core.signing import SigningKeys
 from core.upstream import Outbound, Reply, Wires
 from models import Database, SchemaTooNew, Tx
+
+if TYPE_CHECKING:
+    from core.payments.desk import Desk
 
 
 class Instance:
@@ -35,8 +39,17 @@ class Instance:
         self.signing_keys = SigningKeys(settings.folder)
         self._wires = Wires()
         self.issuers = Issuers(settings, self.db, self._wires)
+        self.desk = self._desk()
         self._first_hold = threading.Lock()
         self.streams_end_at = math.inf  # on the monotonic clock; sooner when the process is to stop
+
+    def _desk(self) -> "Desk | None":
+        """Where payments are taken; None, and none of what that needs loaded, without [x402]."""
+        if self.settings.payments is None:
+            return None
+        from core.payments.desk import Desk
+
+        return Desk(self.settings, self.db, self.unsettled.append)
 
     def migrate(self) -> None:
         """Bring the database up to date; what is in the way is kept as `trouble`, because `restore`

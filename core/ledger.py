@@ -323,8 +323,8 @@ def add_credits(
     tx: Tx, account_id: str, kind: str, credits: int, reference: str, note: str | None, now: int,
     key_id: str | None = None,
 ) -> Standing | None:  # fmt: skip
-    """Move the balance by a `grant`, `signup`, `voucher`, `refund` or `adjustment` of `credits`,
-    signed.
+    """Move the balance by a `grant`, `signup`, `topup`, `voucher`, `refund` or `adjustment` of
+    `credits`, signed.
 
     None when `reference` was used for this kind already: a replay moves nothing. Raises
     `validation_error` for zero or too much, `insufficient_credits` when a negative amount is not
@@ -341,12 +341,17 @@ def add_credits(
     if known is not None:
         return None
     row = tx.row(
-        "UPDATE account SET balance = balance + :n, last_entry = last_entry + 1"
+        "UPDATE account SET balance = balance + :n, last_entry = last_entry + 1,"
+        " last_topup_at = CASE WHEN :bought THEN :now ELSE last_topup_at END"
         " WHERE id = :account AND balance + :n >= held AND balance + :n <= :largest"
-        " AND status <> 'closed'"
+        # Who has paid has paid, even if the account was closed meanwhile.
+        " AND (status <> 'closed' OR :bought)"
         " RETURNING balance, held, last_entry",
-        {"account": account_id, "n": credits, "largest": LARGEST_AMOUNT},
-    )
+        {
+            "account": account_id, "n": credits, "largest": LARGEST_AMOUNT, "now": now,
+            "bought": kind == "topup",
+        },
+    )  # fmt: skip
     if row is None:
         now_standing = standing(tx, account_id)
         if status_of(tx, account_id) == "closed":
@@ -542,6 +547,7 @@ def verify(tx: Tx) -> tuple[Totals, list[str]]:
             " WHERE NOT EXISTS (SELECT 1 FROM account WHERE id = t.account_id)"
         )
     ]
+    faults += _payment_faults(tx)
     faults += daily.faults(tx)
     counts = tx.row(
         "SELECT (SELECT COUNT(*) FROM account), (SELECT COUNT(*) FROM entry),"
@@ -550,3 +556,25 @@ def verify(tx: Tx) -> tuple[Totals, list[str]]:
     )
     assert counts is not None  # an aggregate always answers
     return Totals(*counts), faults
+
+
+def _payment_faults(tx: Tx) -> list[str]:
+    """Settled payments and top-ups that are not each other's. A backup of an earlier version has
+    no payments."""
+    if not tx.row("SELECT 1 FROM sqlite_master WHERE name = 'payment'"):
+        return []
+    wrong = [
+        f"{payment}: settled for {credits} credits but entered {entered}"
+        for payment, credits, entered in tx.rows(
+            "SELECT p.id, p.credits, COALESCE(e.amount, 0) FROM payment p LEFT JOIN entry e"
+            " ON e.kind = 'topup' AND e.reference = p.id AND e.account_id = p.account_id"
+            " WHERE p.status = 'settled' AND p.credits <> COALESCE(e.amount, 0)"
+        )
+    ]
+    return wrong + [
+        f"{entry}: a top-up without a settled payment"
+        for (entry,) in tx.rows(
+            "SELECT e.id FROM entry e LEFT JOIN payment p ON p.id = e.reference"
+            " AND p.status = 'settled' WHERE e.kind = 'topup' AND p.id IS NULL"
+        )
+    ]

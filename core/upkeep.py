@@ -3,6 +3,7 @@
 import logging
 import random
 import threading
+from collections.abc import Callable, Sequence
 
 from core import (
     calls,
@@ -19,6 +20,7 @@ from core import (
 )  # fmt: skip
 from core.instance import Instance
 from core.ledger import Outcome
+from core.payments import records
 from models import Tx
 
 log = logging.getLogger("farebox.upkeep")
@@ -96,6 +98,7 @@ def _prune(tx: Tx, now: int) -> None:
     links.prune(tx, now)
     session_tokens.prune(tx, now)
     sessions.prune(tx, now)
+    records.prune(tx, now)
 
 
 def refresh_issuers(instance: Instance) -> None:
@@ -103,27 +106,59 @@ def refresh_issuers(instance: Instance) -> None:
     instance.issuers.refresh()
 
 
-class Upkeep(threading.Thread):
+def reconcile_payments(instance: Instance) -> None:
+    """Find out how payments ended, and ask facilitators what they do."""
+    if instance.desk is not None:
+        from core.payments import reconciler
+
+        instance.desk.refresh()
+        reconciler.reconcile(instance)
+
+
+# What is waited for over the network holds up nothing that is promised within seconds.
+DUTIES = (settle_late, void_orphans, tidy, refresh_issuers)
+DUTIES_ON_THE_NETWORK = (reconcile_payments,)
+
+
+class Upkeep:
     """Does the rounds in one worker for as long as it lives. Two workers at it do no harm."""
 
     def __init__(self, instance: Instance) -> None:
-        super().__init__(name="upkeep", daemon=True)
+        self._rounds = [_Rounds(instance, "upkeep", DUTIES)]
+        if instance.desk is not None:
+            self._rounds.append(_Rounds(instance, "payments", DUTIES_ON_THE_NETWORK))
+
+    def start(self) -> None:
+        for rounds in self._rounds:
+            rounds.start()
+
+    def stop(self) -> None:
+        """End after the rounds in progress. An interpreter that ends under a thread in the middle
+        of a statement can wait for ever for the lock that thread holds."""
+        for rounds in self._rounds:
+            rounds.stopped.set()
+        for rounds in self._rounds:
+            rounds.join(timeout=5)
+
+
+class _Rounds(threading.Thread):
+    """Some duties, again and again."""
+
+    def __init__(
+        self, instance: Instance, name: str, duties: Sequence[Callable[[Instance], object]]
+    ) -> None:
+        super().__init__(name=name, daemon=True)
         self._instance = instance
-        self._stopped = threading.Event()
+        self._duties = duties
+        self.stopped = threading.Event()
 
     def run(self) -> None:
-        while not self._stopped.is_set():
-            for duty in (settle_late, void_orphans, tidy, refresh_issuers):
+        while not self.stopped.is_set():
+            for duty in self._duties:
                 try:
                     duty(self._instance)
                 except errors.Refusal:
                     log.warning("%s: the database is in trouble; trying again", duty.__name__)
                 except Exception:
                     log.exception("%s failed; trying again", duty.__name__)
-            self._stopped.wait(EVERY_SECONDS * random.uniform(0.8, 1.2))
-
-    def stop(self) -> None:
-        """End after the round in progress. An interpreter that ends under a thread in the middle of
-        a statement can wait for ever for the lock that thread holds."""
-        self._stopped.set()
-        self.join(timeout=5)
+            self.stopped.wait(EVERY_SECONDS * random.uniform(0.8, 1.2))

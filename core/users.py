@@ -5,7 +5,18 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
-from core import audit, errors, keys, ledger, links, members, session_tokens, sessions, tokens
+from core import (
+    audit,
+    errors,
+    keys,
+    ledger,
+    links,
+    members,
+    session_tokens,
+    sessions,
+    tokens,
+    wallets,
+)
 from core.audit import Actor
 from core.ledger import OPERATOR_ACCOUNT
 from models import Tx
@@ -128,12 +139,19 @@ def owner_of(tx: Tx, account_id: str) -> User | None:
 
 
 def account_of(tx: Tx, who: str) -> str:
-    """The account that WHO means: an e-mail or a `did:…` (the account its user owns), or an
-    `acct_…`. Raises `not_found`, and `conflict` for the operator key's record."""
+    """The account that WHO means: an e-mail or a `did:…` (the account its user owns), a wallet's
+    `namespace:address`, or an `acct_…`. Raises `not_found`, and `conflict` for the operator key's
+    record."""
     if who == OPERATOR_ACCOUNT:
         raise errors.Refusal(
             "conflict", f"{who} records the operator key's calls; it has no credits."
         )
+    wallet = wallets.parse(who)
+    if wallet is not None:
+        owner = wallets.owner_of(tx, wallet)
+        if owner is None:
+            raise errors.Refusal("not_found", f"There is no account of {who}.")
+        return owner.account_id
     if "@" not in who and not who.startswith("did:"):
         ledger.standing(tx, who)
         return who

@@ -1,0 +1,266 @@
+"""The claim on a payment: one request has it, whoever else sends it and when. And how it ended."""
+
+import json
+from typing import Any, NamedTuple
+
+from core import clock, errors, tokens
+from core.payments.payment import Payment
+from models import Database, Tx
+
+STATUSES = ("settling", "unknown", "settled", "refused")
+UNDECIDED = ("settling", "unknown")
+REFUSED_LIFE_MS = 7 * clock.DAY_MS
+_NEWEST = 10**15
+_FIRST_LOOK_MS, _LONGEST_WAIT_MS = 2_000, 10 * clock.MINUTE_MS
+_COLUMNS = (
+    "id, number, key, network, asset, wallet, wallet_name, pay_to, amount, credits, purpose,"
+    " method, path, fingerprint, print, account_id, answer_key, call_id, status, reason,"
+    " transaction_id, proof, expires_at, incarnation, looks, next_look_at, created_at, decided_at"
+)
+
+
+class Record(NamedTuple):
+    """A row of `payment`. `status` is `settling`, `unknown`, `settled` or `refused`."""
+
+    id: str
+    number: int
+    key: str
+    network: str
+    asset: str
+    wallet: str
+    wallet_name: str
+    pay_to: str
+    amount: int  # in the token's smallest units
+    credits: int
+    purpose: str  # `call` or `topup`
+    method: str
+    path: str
+    fingerprint: bytes
+    print: bytes
+    account_id: str | None
+    answer_key: str
+    call_id: str | None
+    status: str
+    reason: str | None
+    transaction_id: str | None
+    proof: str | None
+    expires_at: int | None
+    incarnation: str
+    looks: int
+    next_look_at: int | None
+    created_at: int
+    decided_at: int | None
+
+    def told(self) -> dict[str, Any]:
+        """What the operator is told: all but what was signed, by which it could be made again."""
+        times = ("expires_at", "next_look_at", "created_at", "decided_at")
+        hidden = ("number", "key", "fingerprint", "print", "proof", "answer_key", "wallet_name")
+        found = {name: value for name, value in self._asdict().items() if name not in hidden}
+        found |= {name: clock.rfc3339_or_none(found[name]) for name in times}
+        return found | {"wallet": self.wallet_name}
+
+    @property
+    def signed(self) -> dict[str, Any]:
+        """What the payer has signed; it is kept until it is known how the payment ended."""
+        found: dict[str, Any] = json.loads(self.proof or "{}")["signed"]
+        return found
+
+    @property
+    def extra(self) -> dict[str, str]:
+        """What the requirement says beside the price, where the payment meets it."""
+        found: dict[str, str] = json.loads(self.proof or "{}")["extra"]
+        return found
+
+
+class Use(NamedTuple):
+    """What a payment is claimed for."""
+
+    purpose: str
+    method: str
+    path: str
+    fingerprint: bytes
+    print: bytes  # of the request alone, as stored answers know it
+    credits: int
+    account_id: str | None  # the Bearer's; None for the wallet's own
+    idempotency_key: str | None
+
+
+def claim(tx: Tx, payment: Payment, use: Use, incarnation: str, now: int) -> Record | None:
+    """Claim a payment for one request, for good unless it is released or refused; None when it is
+    claimed already. It must be on the disk before the payment leaves this machine."""
+    made = tokens.new_id("pay")
+    row = tx.row(
+        "INSERT INTO payment (id, number, key, network, asset, wallet, wallet_name, pay_to, amount,"
+        " credits, purpose, method, path, fingerprint, print, account_id, answer_key, status,"
+        " proof, expires_at, incarnation, created_at)"
+        " SELECT :id, COALESCE(MAX(number), 0) + 1, :key, :network, :asset, :wallet, :wallet_name,"
+        " :pay_to, :amount, :credits, :purpose, :method, :path, :fingerprint, :print,"
+        " :account, :answer_key, 'settling', :proof, :expires, :incarnation, :now"
+        " FROM payment WHERE TRUE ON CONFLICT (key) DO UPDATE SET credits = :credits,"
+        " purpose = :purpose, method = :method, path = :path, fingerprint = :fingerprint,"
+        " print = :print, account_id = :account,"
+        " answer_key = :answer_key, call_id = NULL, status = 'settling', reason = NULL,"
+        " transaction_id = NULL, proof = :proof, incarnation = :incarnation, looks = 0,"
+        " next_look_at = NULL, decided_at = NULL"
+        " WHERE payment.status = 'refused'"
+        f" RETURNING {_COLUMNS}",
+        {
+            "id": made,
+            "key": payment.key,
+            "network": payment.network.id,
+            "asset": payment.network.asset,
+            "wallet": payment.wallet.id,
+            "wallet_name": payment.wallet.name,
+            "pay_to": payment.network.pay_to,
+            "amount": payment.amount,
+            "credits": use.credits,
+            "purpose": use.purpose,
+            "method": use.method,
+            "path": use.path,
+            "fingerprint": use.fingerprint,
+            "print": use.print,
+            "account": use.account_id,
+            # A space, which no caller's key has, keeps the two kinds apart.
+            "answer_key": use.idempotency_key or f"payment {made}",
+            "proof": json.dumps({"signed": payment.signed, "extra": payment.extra}),
+            "expires": payment.valid_before,
+            "incarnation": incarnation,
+            "now": now,
+        },
+    )
+    return None if row is None else Record(*row)
+
+
+def find(tx: Tx, key: str) -> Record | None:
+    """What is known of a payment."""
+    row = tx.row(f"SELECT {_COLUMNS} FROM payment WHERE key = :key", {"key": key})
+    return None if row is None else Record(*row)
+
+
+def get(tx: Tx, payment_id: str) -> Record:
+    """A payment by its id. Raises `not_found`."""
+    row = tx.row(f"SELECT {_COLUMNS} FROM payment WHERE id = :id", {"id": payment_id})
+    if row is None:
+        raise errors.Refusal("not_found", f"There is no payment {payment_id}.")
+    return Record(*row)
+
+
+def release(tx: Tx, payment_id: str) -> None:
+    """Forget a claim whose payment never left this machine."""
+    tx.run("DELETE FROM payment WHERE id = :id AND status = 'settling'", {"id": payment_id})
+
+
+def refuse(tx: Tx, payment_id: str, reason: str, now: int) -> bool:
+    """Note that no money moved, and will not; whether it was undecided until now."""
+    return _decide(tx, payment_id, "refused", None, None, reason, now)
+
+
+def settle(tx: Tx, payment_id: str, account_id: str, transaction: str | None, now: int) -> bool:
+    """Note that the money moved; whether it was undecided until now. Whoever gets True enters the
+    credits, in the same transaction."""
+    return _decide(tx, payment_id, "settled", account_id, transaction, None, now)
+
+
+def _decide(
+    tx: Tx, payment_id: str, status: str, account_id: str | None, transaction: str | None,
+    reason: str | None, now: int,
+) -> bool:  # fmt: skip
+    decided = tx.run(
+        "UPDATE payment SET status = :status, account_id = COALESCE(:account, account_id),"
+        " transaction_id = COALESCE(:transaction, transaction_id), reason = :reason, proof = NULL,"
+        " next_look_at = NULL, decided_at = :now"
+        " WHERE id = :id AND status IN ('settling', 'unknown')",
+        {
+            "id": payment_id, "status": status, "account": account_id,
+            "transaction": transaction, "reason": reason, "now": now,
+        },
+    )  # fmt: skip
+    return decided > 0
+
+
+def lose_sight(tx: Tx, payment_id: str, transaction: str | None, reason: str, now: int) -> None:
+    """Note that nobody knows yet how it ended, and when to look next: soon, then ever later."""
+    tx.run(
+        "UPDATE payment SET status = 'unknown', reason = :reason, looks = looks + 1,"
+        " transaction_id = COALESCE(:transaction, transaction_id),"
+        " next_look_at = :now + CASE WHEN looks < 9 THEN :first * (1 << looks) ELSE :most END"
+        " WHERE id = :id AND status IN ('settling', 'unknown')",
+        {
+            "id": payment_id, "transaction": transaction, "reason": reason, "now": now,
+            "first": _FIRST_LOOK_MS, "most": _LONGEST_WAIT_MS,
+        },
+    )  # fmt: skip
+
+
+def settling(tx: Tx) -> list[Record]:
+    """The payments that a worker settles, or was settling when it died."""
+    return [
+        Record(*row) for row in tx.rows(f"SELECT {_COLUMNS} FROM payment WHERE status = 'settling'")
+    ]
+
+
+def due(tx: Tx, now: int, limit: int) -> list[str]:
+    """The payments whose end is unknown and is to be looked for now."""
+    rows = tx.rows(
+        "SELECT id FROM payment WHERE status = 'unknown' AND next_look_at <= :now"
+        " ORDER BY next_look_at LIMIT :limit",
+        {"now": now, "limit": limit},
+    )
+    return [row[0] for row in rows]
+
+
+def make_due(tx: Tx, payment_id: str | None, now: int) -> list[str]:
+    """Have the end of an unknown payment, or of all, looked for at once: their ids."""
+    condition = "" if payment_id is None else " AND id = :id"
+    params = {"now": now} | ({} if payment_id is None else {"id": payment_id})
+    rows = tx.rows(
+        f"UPDATE payment SET next_look_at = :now WHERE status = 'unknown'{condition} RETURNING id",
+        params,
+    )
+    return [row[0] for row in rows]
+
+
+def take(tx: Tx, payment_id: str, now: int, until: int) -> Record | None:
+    """An unknown payment that is due, for one who looks for its end: nobody else gets it for a
+    while."""
+    row = tx.row(
+        "UPDATE payment SET next_look_at = :until WHERE id = :id AND status = 'unknown'"
+        f" AND next_look_at <= :now RETURNING {_COLUMNS}",
+        {"id": payment_id, "now": now, "until": until},
+    )
+    return None if row is None else Record(*row)
+
+
+def use(tx: Tx, payment_id: str, call_id: str, answer_key: str) -> None:
+    """Note the call that is made on a settled payment's credits, and where its answer will be."""
+    tx.run(
+        "UPDATE payment SET call_id = :call, answer_key = :key WHERE id = :id",
+        {"id": payment_id, "call": call_id, "key": answer_key},
+    )
+
+
+def page(
+    db: Database, before: int | None, limit: int, account_id: str | None = None,
+    status: str | None = None,
+) -> list[Record]:  # fmt: skip
+    """Payments, the last first: of one account, of one status, if given."""
+    conditions = ["number < :before"]
+    conditions += ["account_id = :account"] if account_id is not None else []
+    conditions += ["status = :status"] if status is not None else []
+    params: dict[str, Any] = {"before": _NEWEST if before is None else before, "limit": limit}
+    params |= {} if account_id is None else {"account": account_id}
+    params |= {} if status is None else {"status": status}
+    rows = db.rows(
+        f"SELECT {_COLUMNS} FROM payment WHERE {' AND '.join(conditions)}"
+        " ORDER BY number DESC LIMIT :limit",
+        params,
+    )
+    return [Record(*row) for row in rows]
+
+
+def prune(tx: Tx, now: int) -> None:
+    """Forget payments that were refused a while ago; the others are part of the books."""
+    tx.run(
+        "DELETE FROM payment WHERE status = 'refused' AND decided_at < :oldest",
+        {"oldest": now - REFUSED_LIFE_MS},
+    )

@@ -7,7 +7,11 @@ from werkzeug.middleware.proxy_fix import ProxyFix
 import cli
 import config
 from blueprints import (
-    admin,
+    admin_accounts,
+    admin_health,
+    admin_keys,
+    admin_prices,
+    admin_vouchers,
     audit,
     auth,
     billing,
@@ -58,7 +62,8 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.before_request(_check_host)
     app.before_request(_preflight)
     for module in (credits, llm_models, keys, members, session_tokens, payments, audit, health,
-                   docs, auth, oidc, dashboard, billing, usage, settings_pages, admin):  # fmt: skip
+                   docs, auth, oidc, dashboard, billing, usage, settings_pages, admin_accounts,
+                   admin_keys, admin_vouchers, admin_prices, admin_health):  # fmt: skip
         app.register_blueprint(module.blueprint)
     visitors.register(app)
     pages.register(app)

@@ -32,6 +32,8 @@ OWNERS = {
     "rate_window": {"core/limits.py"},
     "credit_window": {"core/limits.py"},
     "idempotency": {"core/idempotency.py"},
+    "wallet": {"core/wallets.py"},
+    "payment": {"core/payments/records.py"},
 }
 
 
@@ -76,6 +78,7 @@ def test_blueprints_do_not_know_the_application_or_each_other(path: Path) -> Non
         "pictures",
         "tables",
         "inviting",
+        "admin",
     )
     allowed = {"blueprints", *(f"blueprints.{name}" for name in shared)}
     for name in imports(path):
@@ -212,7 +215,7 @@ def test_it_is_known_who_asks(tmp_path: Path) -> None:
     asking = askers(BLUEPRINTS)
     for name in ("field", "whole", "required", "seat", "once", "act", "operate", "show"):
         assert f"blueprints.pages.{name}" in asking
-    for name in ("visitors.visitor", "rendering.instance", "settings._terms", "admin._note"):
+    for name in ("visitors.visitor", "rendering.instance", "settings._terms", "admin.amount"):
         assert f"blueprints.{name}" in asking
     assert "blueprints.api.require_owner" not in asking
     bad = tmp_path / "bad.py"

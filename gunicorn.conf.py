@@ -8,9 +8,8 @@ import sys
 
 import serving
 from config import exit_with, instance_folder, load_or_exit
-from core import firstrun
+from core import firstrun, upkeep
 from core.instance import Instance
-from core.upkeep import Upkeep
 
 # A call in flight takes six descriptors. The usual limit of 1,024 is there for programs that could
 # not bear more, of which this is none.
@@ -84,13 +83,13 @@ def when_ready(server):
 def post_worker_init(worker):
     worker.instance = instance = worker.wsgi.extensions["farebox"]
     instance.incarnation()  # from now on `restore` knows that somebody serves
-    worker.upkeep = Upkeep(instance)
-    worker.upkeep.start()
+    worker.upkeep = upkeep.begin(instance)
 
 
 def worker_exit(server, worker):
     if hasattr(worker, "upkeep"):
-        worker.upkeep.stop()
+        for each in worker.upkeep:
+            each.stop()
 
 
 def _greet():

@@ -83,8 +83,10 @@ def admit(
     if principal.payer == "x402" and paid is None:
         # A payment is not a signature for the request: it opens no credits but its own.
         return _claim(tx, call, order, print_, most_calls, tender, rate)
+    if principal.payer == "x402" and paid is not None and paid.credits < order.price:
+        return Admission(rate, refusal=claims.already_used())
     asked = order
-    if order.fit is not None and principal.pays:
+    if order.fit is not None and principal.pays and paid is None:
         order = order.fit(_spendable(tx, principal, call))
         call = call._replace(units=order.units, price=order.price, held=order.price)
     admission = _hold(tx, principal, call, order, print_, most_calls, rate, paid)

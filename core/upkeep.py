@@ -20,7 +20,7 @@ from core import (
 )  # fmt: skip
 from core.instance import Instance
 from core.ledger import Outcome
-from core.payments import records
+from core.payments import reconciler, records
 from models import Tx
 
 log = logging.getLogger("farebox.upkeep")
@@ -108,57 +108,56 @@ def refresh_issuers(instance: Instance) -> None:
 
 def reconcile_payments(instance: Instance) -> None:
     """Find out how payments ended, and ask facilitators what they do."""
-    if instance.desk is not None:
-        from core.payments import reconciler
-
-        instance.desk.refresh()
-        reconciler.reconcile(instance)
+    assert instance.desk is not None  # `begin` has looked
+    instance.desk.refresh()
+    reconciler.reconcile(instance)
 
 
-# What is waited for over the network holds up nothing that is promised within seconds.
-DUTIES = (settle_late, void_orphans, tidy, refresh_issuers)
-DUTIES_ON_THE_NETWORK = (reconcile_payments,)
-
-
-class Upkeep:
+class Upkeep(threading.Thread):
     """Does the rounds in one worker for as long as it lives. Two workers at it do no harm."""
 
-    def __init__(self, instance: Instance) -> None:
-        self._rounds = [_Rounds(instance, "upkeep", DUTIES)]
-        if instance.desk is not None:
-            self._rounds.append(_Rounds(instance, "payments", DUTIES_ON_THE_NETWORK))
-
-    def start(self) -> None:
-        for rounds in self._rounds:
-            rounds.start()
-
-    def stop(self) -> None:
-        """End after the rounds in progress. An interpreter that ends under a thread in the middle
-        of a statement can wait for ever for the lock that thread holds."""
-        for rounds in self._rounds:
-            rounds.stopped.set()
-        for rounds in self._rounds:
-            rounds.join(timeout=5)
-
-
-class _Rounds(threading.Thread):
-    """Some duties, again and again."""
-
-    def __init__(
-        self, instance: Instance, name: str, duties: Sequence[Callable[[Instance], object]]
-    ) -> None:
+    def __init__(self, instance: Instance, name: str = "upkeep") -> None:
         super().__init__(name=name, daemon=True)
         self._instance = instance
-        self._duties = duties
-        self.stopped = threading.Event()
+        self._stopped = threading.Event()
+
+    def duties(self) -> Sequence[Callable[[Instance], object]]:
+        """What is done in each round."""
+        return settle_late, void_orphans, tidy, refresh_issuers
 
     def run(self) -> None:
-        while not self.stopped.is_set():
-            for duty in self._duties:
+        while not self._stopped.is_set():
+            for duty in self.duties():
                 try:
                     duty(self._instance)
                 except errors.Refusal:
                     log.warning("%s: the database is in trouble; trying again", duty.__name__)
                 except Exception:
                     log.exception("%s failed; trying again", duty.__name__)
-            self.stopped.wait(EVERY_SECONDS * random.uniform(0.8, 1.2))
+            self._stopped.wait(EVERY_SECONDS * random.uniform(0.8, 1.2))
+
+    def stop(self) -> None:
+        """End after the round in progress. An interpreter that ends under a thread in the middle of
+        a statement can wait for ever for the lock that thread holds."""
+        self._stopped.set()
+        self.join(timeout=5)
+
+
+class PaymentUpkeep(Upkeep):
+    """The rounds that wait for others' networks, apart from those that are promised in seconds."""
+
+    def __init__(self, instance: Instance) -> None:
+        super().__init__(instance, "payments")
+
+    def duties(self) -> Sequence[Callable[[Instance], object]]:
+        return (reconcile_payments,)
+
+
+def begin(instance: Instance) -> list[Upkeep]:
+    """Start the rounds of a worker."""
+    found = [Upkeep(instance)]
+    if instance.desk is not None:
+        found.append(PaymentUpkeep(instance))
+    for each in found:
+        each.start()
+    return found

@@ -72,26 +72,27 @@ def look_now(instance: Instance, payment_id: str | None = None) -> Iterator[tupl
 
 
 def overrule(instance: Instance, payment_id: str, verdict: Verdict, by: Actor) -> None:
-    """Act on what the operator says became of a payment. Raises `not_found`, and `conflict` for one
-    that is decided."""
+    """Act on what the operator says became of a payment. Raises as `rule` does."""
     now = clock.now_ms()
+    instance.db.write(lambda tx: rule(tx, payment_id, verdict, now, by), durable=True)
 
-    def work(tx: Tx) -> None:
-        record = records.get(tx, payment_id)
-        if record.status != "unknown":
-            raise Refusal("conflict", f"The payment is {record.status}.")
-        account_id = record.account_id
-        if verdict.outcome == "settled":
-            paid = record._replace(transaction_id=verdict.transaction)
-            account_id, _ = deposits.deposit(tx, paid, now)
-        else:
-            claims.refuse(tx, record, verdict.reason, now)
-        audit.note(
-            tx, by, f"payment.{verdict.outcome}", now, account_id, payment_id,
-            transaction=verdict.transaction,
-        )  # fmt: skip
 
-    instance.db.write(work, durable=True)
+def rule(tx: Tx, payment_id: str, verdict: Verdict, now: int, by: Actor) -> None:
+    """Note what the operator says became of a payment, and enter its credits if it was settled.
+    Raises `not_found`, and `conflict` for one that is decided or still on its way."""
+    record = records.get(tx, payment_id)
+    if record.status != "unknown":
+        raise Refusal("conflict", f"The payment is {record.status}.")
+    account_id = record.account_id
+    if verdict.outcome == "settled":
+        paid = record._replace(transaction_id=verdict.transaction)
+        account_id, _ = deposits.deposit(tx, paid, now)
+    else:
+        claims.refuse(tx, record, verdict.reason, now)
+    audit.note(
+        tx, by, f"payment.{verdict.outcome}", now, account_id, payment_id,
+        transaction=verdict.transaction,
+    )  # fmt: skip
 
 
 def decide(instance: Instance, record: Record, verdict: Verdict) -> bool:

@@ -9,6 +9,8 @@ from models import Database, Tx
 
 STATUSES = ("settling", "unknown", "settled", "refused")
 UNDECIDED = ("settling", "unknown")
+# As the index of them says it: the planner takes the index only for these very words.
+_IS_UNDECIDED = "status IN ('settling', 'unknown')"
 REFUSED_LIFE_MS = 7 * clock.DAY_MS
 _NEWEST = 10**15
 _FIRST_LOOK_MS, _LONGEST_WAIT_MS = 2_000, 10 * clock.MINUTE_MS
@@ -195,15 +197,18 @@ def lose_sight(tx: Tx, payment_id: str, transaction: str | None, reason: str, no
 def settling(tx: Tx) -> list[Record]:
     """The payments that a worker settles, or was settling when it died."""
     return [
-        Record(*row) for row in tx.rows(f"SELECT {_COLUMNS} FROM payment WHERE status = 'settling'")
+        Record(*row)
+        for row in tx.rows(
+            f"SELECT {_COLUMNS} FROM payment WHERE {_IS_UNDECIDED} AND status = 'settling'"
+        )
     ]
 
 
 def due(tx: Tx, now: int, limit: int) -> list[str]:
     """The payments whose end is unknown and is to be looked for now."""
     rows = tx.rows(
-        "SELECT id FROM payment WHERE status = 'unknown' AND next_look_at <= :now"
-        " ORDER BY next_look_at LIMIT :limit",
+        f"SELECT id FROM payment WHERE {_IS_UNDECIDED} AND status = 'unknown'"
+        " AND next_look_at <= :now ORDER BY next_look_at LIMIT :limit",
         {"now": now, "limit": limit},
     )
     return [row[0] for row in rows]
@@ -214,7 +219,8 @@ def make_due(tx: Tx, payment_id: str | None, now: int) -> list[str]:
     condition = "" if payment_id is None else " AND id = :id"
     params = {"now": now} | ({} if payment_id is None else {"id": payment_id})
     rows = tx.rows(
-        f"UPDATE payment SET next_look_at = :now WHERE status = 'unknown'{condition} RETURNING id",
+        f"UPDATE payment SET next_look_at = :now WHERE {_IS_UNDECIDED} AND status = 'unknown'"
+        f"{condition} RETURNING id",
         params,
     )
     return [row[0] for row in rows]
@@ -239,17 +245,33 @@ def use(tx: Tx, payment_id: str, call_id: str, answer_key: str) -> None:
     )
 
 
+def unconfirmed(tx: Tx) -> int:
+    """How many payments' end is unknown."""
+    row = tx.row(f"SELECT COUNT(*) FROM payment WHERE {_IS_UNDECIDED} AND status = 'unknown'")
+    assert row is not None  # an aggregate always answers
+    count: int = row[0]
+    return count
+
+
 def page(
     db: Database, before: int | None, limit: int, account_id: str | None = None,
-    status: str | None = None,
+    status: str | None = None, wallet: str | None = None,
 ) -> list[Record]:  # fmt: skip
-    """Payments, the last first: of one account, of one status, if given."""
-    conditions = ["number < :before"]
-    conditions += ["account_id = :account"] if account_id is not None else []
-    conditions += ["status = :status"] if status is not None else []
+    """Payments, the last first: of one account, of one status, of one wallet (by its id), if
+    given."""
     params: dict[str, Any] = {"before": _NEWEST if before is None else before, "limit": limit}
-    params |= {} if account_id is None else {"account": account_id}
-    params |= {} if status is None else {"status": status}
+    conditions = ["number < :before"]
+    if account_id is not None:
+        conditions.append("account_id = :account")
+        params["account"] = account_id
+    if wallet is not None:
+        conditions.append("wallet = :wallet")
+        params["wallet"] = wallet
+    if status in UNDECIDED:  # there are few among all
+        conditions.append(f"number IN (SELECT number FROM payment WHERE {_IS_UNDECIDED})")
+    if status is not None:
+        conditions.append("status = :status")
+        params["status"] = status
     rows = db.rows(
         f"SELECT {_COLUMNS} FROM payment WHERE {' AND '.join(conditions)}"
         " ORDER BY number DESC LIMIT :limit",

@@ -136,10 +136,16 @@ class EvmChain(RpcServer):
         """Meanwhile the node takes connections and requests, and says nothing."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
+        until(self._is_stopped, what="every thread has stopped")
         try:
             yield
         finally:
             self._process.send_signal(signal.SIGCONT)
+
+    def _is_stopped(self) -> bool:
+        assert self._process is not None
+        threads = Path(f"/proc/{self._process.pid}/task").glob("*/stat")
+        return all(each.read_text().rpartition(")")[2].split()[0] == "T" for each in threads)
 
     # Time.
 

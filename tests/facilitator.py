@@ -130,20 +130,17 @@ class Facilitator(Leaving):
             stdout=subprocess.PIPE,
             stderr=self._errors,
         )
+        assert self._process.stdout is not None
+        ready, _, _ = select.select([self._process.stdout], [], [], START_SECONDS)
+        url = self._process.stdout.readline().decode().strip() if ready else ""
+        if not url:
+            log = self.log()
+            self.__exit__(None, None, None)
+            raise AssertionError(f"the facilitator did not start:\n{log}")
+        self._sdk = urllib3.HTTPConnectionPool(
+            "127.0.0.1", int(url.rpartition(":")[2]), maxsize=64, retries=False, timeout=60
+        )
         return self
-
-    def _pool(self) -> urllib3.HTTPConnectionPool:
-        """The way to the SDK, once it is up: a test need not wait for it to begin."""
-        with self._lock:
-            if self._sdk is None:
-                assert self._process is not None and self._process.stdout is not None
-                ready, _, _ = select.select([self._process.stdout], [], [], START_SECONDS)
-                url = self._process.stdout.readline().decode().strip() if ready else ""
-                assert url, f"the facilitator did not start:\n{self.log()}"
-                self._sdk = urllib3.HTTPConnectionPool(
-                    "127.0.0.1", int(url.rpartition(":")[2]), maxsize=64, retries=False, timeout=60
-                )
-            return self._sdk
 
     def log(self) -> str:
         """What the SDK's process wrote to standard error."""
@@ -200,7 +197,8 @@ class Facilitator(Leaving):
 
     def _ask(self, method: str, verb: str, body: bytes | None) -> Reply:
         path = f"/{'mended' if self.mended else 'stock'}/{verb}"
-        answer = self._pool().request(method, path, body=body)
+        assert self._sdk is not None
+        answer = self._sdk.request(method, path, body=body)
         return Reply(answer.status, answer.data)
 
 

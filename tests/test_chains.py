@@ -106,12 +106,13 @@ def ask(facilitator: Facilitator, verb: str, challenge: Any, payment: Any) -> An
         "paymentPayload": payment,
         "paymentRequirements": challenge["accepts"][0],
     }
-    return urllib3.request("POST", f"{facilitator.url}/{verb}", json=body, retries=False).json()
+    url = f"{facilitator.url}/{verb}"
+    return urllib3.request("POST", url, json=body, retries=False, timeout=30).json()
 
 
 def rpc(node: EvmChain | SolanaNode, method: str, *params: Any) -> Any:
     body = {"jsonrpc": "2.0", "id": 7, "method": method, "params": params}
-    answer = urllib3.request("POST", node.url, json=body, retries=False).json()
+    answer = urllib3.request("POST", node.url, json=body, retries=False, timeout=30).json()
     assert answer["id"] == 7
     return answer.get("result", answer.get("error"))
 

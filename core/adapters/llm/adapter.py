@@ -15,12 +15,11 @@ from core.adapters.llm.answer import (
     error_in,
     error_of,
     fields_of,
-    raw,
     read,
     usage_in,
 )
 from core.adapters.llm.course import ModelCourse
-from core.adapters.llm.request import Read, Wish, parse
+from core.adapters.llm.request import Read, Wish, parse, raw
 from core.catalog import MIB, Route
 from core.upstream import Outbound, Reply
 

@@ -35,11 +35,6 @@ class Usage(NamedTuple):
     output_tokens: int | None
 
 
-def raw(value: Any) -> msgspec.Raw:
-    """A value as a field."""
-    return msgspec.Raw(msgspec.json.encode(value))
-
-
 def fields_of(text: bytes) -> Fields | None:
     """The fields of a JSON object, unread; None of anything else. Servers send what clients read
     though it is no JSON: halves of surrogate pairs, NaN, bytes that are not UTF-8."""

@@ -13,11 +13,10 @@ from core.adapters.llm.answer import (
     error_in,
     fields_of,
     finished,
-    raw,
     read,
     usage_in,
 )
-from core.adapters.llm.request import Fields, Wish
+from core.adapters.llm.request import Fields, Wish, raw
 from core.errors import Refusal
 from core.sse import Event
 

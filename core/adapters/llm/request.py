@@ -68,17 +68,17 @@ class Wish:
     def body(self, upstream_id: str) -> bytes:
         """The request as the upstream gets it."""
         fields = dict(self.fields)
-        fields["model"] = _raw(upstream_id)
+        fields["model"] = raw(upstream_id)
         for name in self.limits:
-            fields[name] = _raw(min(_value(fields, name) or math.inf, self.tokens_each or 0))
+            fields[name] = raw(min(_value(fields, name) or math.inf, self.tokens_each or 0))
         if _LIMIT_ELSEWHERE in fields and self.tokens_each is not None:
             wished = _value(fields, _LIMIT_ELSEWHERE)
             is_less = _is_whole(wished) and 1 <= wished < self.tokens_each
-            fields[_LIMIT_ELSEWHERE] = _raw(wished if is_less else self.tokens_each)
+            fields[_LIMIT_ELSEWHERE] = raw(wished if is_less else self.tokens_each)
         if self.streams:
             options = _object(self.fields, "stream_options") or {}
             others = {k: v for k, v in options.items() if k.casefold() != "include_usage"}
-            fields["stream_options"] = _raw({**others, "include_usage": True})
+            fields["stream_options"] = raw({**others, "include_usage": True})
         return msgspec.json.encode(fields)
 
 
@@ -213,7 +213,8 @@ def _value(fields: Fields, name: str) -> Any:
         _refuse(name, "JSON")
 
 
-def _raw(value: Any) -> msgspec.Raw:
+def raw(value: Any) -> msgspec.Raw:
+    """A value as a field."""
     return msgspec.Raw(msgspec.json.encode(value))
 
 

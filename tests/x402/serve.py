@@ -70,12 +70,13 @@ def _add_evm(facilitators: dict[str, x402FacilitatorSync], given: dict[str, Any]
                     raise
 
     # An account each: two that number the transactions of one would be in each other's way.
-    for (name, facilitator), kind, key in zip(
-        facilitators.items(), (Mended, FacilitatorWeb3Signer), given["evm_keys"], strict=True
-    ):
-        assert name == ("mended" if kind is Mended else "stock")
+    kinds: dict[str, type[FacilitatorWeb3Signer]] = {
+        "mended": Mended,
+        "stock": FacilitatorWeb3Signer,
+    }
+    for (name, kind), key in zip(kinds.items(), given["evm_keys"], strict=True):
         signer = kind(key, given["evm_url"], confirmation_timeout_seconds=given["confirm_seconds"])
-        register_exact_evm_facilitator(facilitator, signer, [EVM])
+        register_exact_evm_facilitator(facilitators[name], signer, [EVM])
 
 
 def _add_solana(
@@ -87,6 +88,8 @@ def _add_solana(
     from x402.mechanisms.svm.exact import register_exact_svm_facilitator
 
     class Stock(FacilitatorKeypairSigner):
+        """The SDK's, which has no other way to be told how long to wait."""
+
         def confirm_transaction(
             self, signature: str, network: str, timeout_seconds: float = given["confirm_seconds"]
         ) -> None:
@@ -113,9 +116,10 @@ def _add_solana(
             raise RuntimeError("the transaction was not confirmed in time")
 
     # They share an account, because the challenge names who pays the fee.
-    for facilitator, kind in zip(facilitators.values(), (Mended, Stock), strict=True):
+    kinds: dict[str, type[FacilitatorKeypairSigner]] = {"mended": Mended, "stock": Stock}
+    for name, kind in kinds.items():
         signer = kind(Keypair.from_base58_string(given["solana_key"]), given["solana_url"])
-        register_exact_svm_facilitator(facilitator, signer, [SOLANA])
+        register_exact_svm_facilitator(facilitators[name], signer, [SOLANA])
 
 
 def _server(facilitators: dict[str, x402FacilitatorSync], failed: set[str]) -> ThreadingHTTPServer:

@@ -4,7 +4,10 @@ A node is believed in what it says of a transaction that is there, and of time: 
 not there says nothing until the network cannot take it any more.
 """
 
+import itertools
 import json
+import re
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from config import Network
@@ -29,9 +32,15 @@ _CLOCKS_MS = 15_000
 # A transaction lives for 150 slots of Solana, about a minute; and a node that lags behind does not
 # know the newest blockhashes yet.
 _LIFE_ON_SOLANA_MS = 180_000
+# So it landed this near to when it was shown here, whatever is wrong with our clock.
+_AROUND_MS = 30 * clock.MINUTE_MS
 _BLOCKS_AT_ONCE = 2_000  # nodes refuse to search more
 _MOST_SEARCHES = 60
-_SIGNATURES_AT_ONCE = 100
+_SIGNATURES_AT_ONCE = 1_000
+_MOST_SIGNATURES = 10_000
+# What transactions are called; a facilitator may say anything.
+_EVM_TRANSACTION = re.compile(r"0x[0-9a-fA-F]{64}")
+_SOLANA_TRANSACTION = re.compile(r"[1-9A-HJ-NP-Za-km-z]{64,90}")
 
 
 class Finding(NamedTuple):
@@ -50,9 +59,42 @@ def look(network: Network, record: Record) -> Finding:
     assert network.rpc is not None  # whoever has no node asks nobody
     look_there = _look_on_solana if network.namespace == "solana" else _look_on_evm
     try:
-        return look_there(network.rpc, record)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        found = look_there(network.rpc, record)
+        if found.outcome == "never" and not _is_node_of(network, network.rpc):
+            raise Silent("the node is one of another network")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise Silent(f"the node's answer has another shape: {error!r}") from None
+    return found
+
+
+def problem(network: Network) -> str | None:
+    """What is wrong with a network's node, if anything."""
+    assert network.rpc is not None  # whoever has no node asks nobody
+    try:
+        return None if _is_node_of(network, network.rpc) else "it is a node of another network"
+    except Silent as silent:
+        return str(silent)
+    except (AttributeError, TypeError, ValueError):
+        return "it is no node of such a network"
+
+
+def _is_node_of(network: Network, url: str) -> bool:
+    """Whether a node is one of that network. On another's nothing of ours is ever found."""
+    name = network.id.partition(":")[2]
+    if network.namespace == "solana":
+        genesis: str = _ask(url, "getGenesisHash", [])
+        return genesis.startswith(name)
+    return int(_ask(url, "eth_chainId", []), 16) == int(name)
+
+
+def _was_shown_before(record: Record, at: int, network_now: int) -> bool:
+    """Whether what happened then happened since the payment was shown here. Raises Silent when that
+    cannot be told, because our clock is ahead."""
+    if at >= record.created_at - _CLOCKS_MS:
+        return True
+    if clock.now_ms() - network_now > _CLOCKS_MS:
+        raise Silent("it was made before it was shown here, or our clock is wrong")
+    return False
 
 
 # Ethereum's networks
@@ -61,28 +103,29 @@ def look(network: Network, record: Record) -> Finding:
 def _look_on_evm(url: str, record: Record) -> Finding:
     told = record.signed["authorization"]
     payer, nonce = _topic(told["from"]), told["nonce"]
+    # All is asked of one block: behind an address there may be several nodes, and one that lags
+    # knows nothing of what happened before the moment that another says it is.
+    block = _ask(url, "eth_getBlockByNumber", ["latest", False])
     call = {"to": record.asset, "data": _AUTHORIZATION_STATE + payer[2:] + nonce[2:]}
-    if int(_ask(url, "eth_call", [call, "latest"]), 16) == 0:
-        now = _time_of_block(url, "latest")
+    if int(_ask(url, "eth_call", [call, block["number"]]), 16) == 0:
         over = (record.expires_at or 0) + _CLEARLY_OVER_MS
-        return Finding("never" if now > over else "open")
-    if record.transaction_id is not None:
-        paid = _pays_on_evm(url, record, record.transaction_id)
-        if paid:
-            return Finding("settled", record.transaction_id)
-    topic, transaction = _search_on_evm(url, record, payer, nonce)
-    if topic == _AUTHORIZATION_CANCELED:
-        return Finding("never")
-    paid = _pays_on_evm(url, record, transaction)
-    if paid is None:
+        return Finding("never" if _time_of(block) > over else "open")
+    transaction = record.transaction_id or ""
+    at = _paid_on_evm(url, record, transaction) if _EVM_TRANSACTION.fullmatch(transaction) else None
+    if not at:
+        topic, transaction = _search_on_evm(url, record, int(block["number"], 16), payer, nonce)
+        if topic == _AUTHORIZATION_CANCELED:
+            return Finding("never")
+        at = _paid_on_evm(url, record, transaction)
+    if at is None:
         raise Silent("the node does not know a transaction that it has told of")
-    return Finding("settled", transaction) if paid else Finding("never")
+    if at and _was_shown_before(record, at, _time_of(block)):
+        return Finding("settled", transaction)
+    return Finding("never")
 
 
-def _search_on_evm(url: str, record: Record, payer: str, nonce: str) -> tuple[str, str]:
-    """What ended an authorization, and in which transaction: from now back to when it was shown
-    here."""
-    last = int(_ask(url, "eth_blockNumber", []), 16)
+def _search_on_evm(url: str, record: Record, last: int, payer: str, nonce: str) -> tuple[str, str]:
+    """What ended an authorization, and in which transaction: from that block back."""
     for _ in range(_MOST_SEARCHES):
         first = max(0, last - _BLOCKS_AT_ONCE + 1)
         wanted = {
@@ -100,29 +143,39 @@ def _search_on_evm(url: str, record: Record, payer: str, nonce: str) -> tuple[st
     raise Silent("what ended the authorization is not found")
 
 
-def _pays_on_evm(url: str, record: Record, transaction: str) -> bool | None:
-    """Whether a transaction used this authorization, paid us in full, and did so since the payment
-    was shown here; None when the node does not know it."""
+def _paid_on_evm(url: str, record: Record, transaction: str) -> int | None:
+    """When a transaction used this authorization and paid us in full with it; 0 if it did not, None
+    when the node does not know it.
+
+    The token tells of the transfer in the very next event. Any other transfer in the transaction
+    belongs to another authorization: one payment would pay for several, whose own money went
+    elsewhere.
+    """
     receipt = _ask(url, "eth_getTransactionReceipt", [transaction])
     if receipt is None:
         return None
-    told = record.signed["authorization"]
-    payer, payee = _topic(told["from"]), _topic(record.pay_to)
-    used = paid = False
-    for log in receipt["logs"] if int(receipt["status"], 16) == 1 else []:
-        if log["address"].lower() != record.asset.lower():
-            continue
-        topics = [topic.lower() for topic in log["topics"]]
-        if topics == [_AUTHORIZATION_USED, payer, told["nonce"]]:
-            used = True
-        elif topics == [_TRANSFER, payer, payee]:
-            paid = paid or int(log["data"], 16) == record.amount
-    at = _time_of_block(url, receipt["blockNumber"])
-    return used and paid and at >= record.created_at - _CLOCKS_MS
+    payer, payee = _topic(record.signed["authorization"]["from"]), _topic(record.pay_to)
+    used = [_AUTHORIZATION_USED, payer, record.signed["authorization"]["nonce"]]
+    for log, following in itertools.pairwise(receipt["logs"]):
+        if (
+            _topics_of(log, record.asset) == used
+            and _topics_of(following, record.asset) == [_TRANSFER, payer, payee]
+            and int(following["data"], 16) == record.amount
+        ):
+            block = _ask(url, "eth_getBlockByNumber", [receipt["blockNumber"], False])
+            return _time_of(block)
+    return 0
 
 
-def _time_of_block(url: str, number: str) -> int:
-    return int(_ask(url, "eth_getBlockByNumber", [number, False])["timestamp"], 16) * 1000
+def _topics_of(log: dict[str, Any], asset: str) -> list[str]:
+    """What an event of the token is; of another's event, nothing."""
+    if log["address"].lower() != asset.lower():
+        return []
+    return [topic.lower() for topic in log["topics"]]
+
+
+def _time_of(block: dict[str, Any]) -> int:
+    return int(block["timestamp"], 16) * 1000
 
 
 def _topic(address: str) -> str:
@@ -139,38 +192,61 @@ def _look_on_solana(url: str, record: Record) -> Finding:
     is_old = clock.now_ms() > record.created_at + _LIFE_ON_SOLANA_MS
     asked = [trace.blockhash, {"commitment": "processed"}]
     is_over = is_old and _ask(url, "isBlockhashValid", asked)["value"] is False
-    known = [] if record.transaction_id is None else [record.transaction_id]
-    for signature in (*known, *_signatures_of(url, trace.source, record.created_at)):
-        if _is_this(url, trace, signature):
-            return _status_on_solana(url, signature)
+    known = record.transaction_id or ""
+    if _SOLANA_TRANSACTION.fullmatch(known):
+        landed = _transaction(url, known)
+        if landed is not None and svm.digest_of(landed["transaction"][0]) == trace.digest:
+            return _ending_on_solana(url, record, known, landed)
+    for signature in _signatures_of(url, trace.source, record.created_at):
+        landed = _transaction(url, signature)
+        if landed is None:
+            if is_over:
+                raise Silent("the node does not know a transaction that it has told of")
+        elif svm.digest_of(landed["transaction"][0]) == trace.digest:
+            return _ending_on_solana(url, record, signature, landed)
     return Finding("never" if is_over else "open")
 
 
-def _status_on_solana(url: str, signature: str) -> Finding:
+def _ending_on_solana(url: str, record: Record, signature: str, landed: dict[str, Any]) -> Finding:
     """How a transaction ended."""
     asked = [[signature], {"searchTransactionHistory": True}]
     status = _ask(url, "getSignatureStatuses", asked)["value"][0]
     if status is None or status["confirmationStatus"] not in ("confirmed", "finalized"):
         return Finding("open")
-    # One that has landed and failed is confirmed too.
-    return Finding("settled" if status["err"] is None else "never", signature)
+    if status["err"] is not None:  # one that has landed and failed is confirmed too
+        return Finding("never", signature)
+    at = (landed["blockTime"] or 0) * 1000
+    if at and at < record.created_at - _CLOCKS_MS:
+        slot = _ask(url, "getSlot", [{"commitment": "confirmed"}])
+        if not _was_shown_before(record, at, _ask(url, "getBlockTime", [slot]) * 1000):
+            return Finding("never", signature)
+    return Finding("settled", signature)
 
 
-def _signatures_of(url: str, address: str, since: int) -> list[str]:
-    """The transactions of a token account since a moment, the last first."""
-    asked = [address, {"limit": _SIGNATURES_AT_ONCE, "commitment": "confirmed"}]
-    return [
-        row["signature"]
-        for row in _ask(url, "getSignaturesForAddress", asked)
-        if row["blockTime"] is None or row["blockTime"] * 1000 >= since - _CLOCKS_MS
-    ]
+def _signatures_of(url: str, address: str, around: int) -> Iterator[str]:
+    """The transactions of a token account around a moment, the last first. Raises Silent when there
+    are too many to look through."""
+    before: dict[str, str] = {}
+    for _ in range(_MOST_SIGNATURES // _SIGNATURES_AT_ONCE):
+        asked = {"limit": _SIGNATURES_AT_ONCE, "commitment": "confirmed"} | before
+        rows = _ask(url, "getSignaturesForAddress", [address, asked])
+        for row in rows:
+            at = around if row["blockTime"] is None else row["blockTime"] * 1000
+            if at < around - _AROUND_MS:
+                return
+            if at <= around + _AROUND_MS:
+                yield row["signature"]
+        if len(rows) < _SIGNATURES_AT_ONCE:
+            return
+        before = {"before": rows[-1]["signature"]}
+    raise Silent("the payer's account has too many transactions")
 
 
-def _is_this(url: str, trace: svm.Trace, signature: str) -> bool:
-    """Whether a transaction on the network is the one that was signed."""
+def _transaction(url: str, signature: str) -> dict[str, Any] | None:
+    """A transaction that has landed, if the node knows it."""
     asked = {"encoding": "base64", "commitment": "confirmed", "maxSupportedTransactionVersion": 0}
-    found = _ask(url, "getTransaction", [signature, asked])
-    return found is not None and svm.digest_of(found["transaction"][0]) == trace.digest
+    found: dict[str, Any] | None = _ask(url, "getTransaction", [signature, asked])
+    return found
 
 
 # JSON-RPC

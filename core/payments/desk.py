@@ -131,7 +131,8 @@ class Desk:
             now = clock.now_ms()
             self._note(lambda tx: claims.refuse(tx, record, verdict.reason, now))
             refusal = refused(verdict.reason, "The payment was not settled, and no money moved.")
-            refusal.headers["PAYMENT-RESPONSE"] = claims.receipt(record, verdict.reason)
+            told = record._replace(transaction_id=verdict.transaction)
+            refusal.headers["PAYMENT-RESPONSE"] = claims.receipt(told, verdict.reason)
             raise refusal
         if verdict.outcome == "unheard":
             log.warning("payment %s was not sent: %s", record.id, verdict.reason)
@@ -173,11 +174,11 @@ class Desk:
         record = record._replace(transaction_id=verdict.transaction or record.transaction_id)
         until = clock.monotonic() + _CONFIRM_SECONDS
         while True:
+            why = "the network does not show it yet"
             try:
                 found = chain.look(network, record)
             except chain.Silent as silent:
-                log.warning("payment %s: %s", record.id, silent)
-                return verdict
+                found, why = chain.Finding("open"), str(silent)
             if found.outcome == "settled":
                 return Verdict("settled", found.transaction)
             if found.outcome == "never":
@@ -185,7 +186,7 @@ class Desk:
             if verdict.outcome != "settled":
                 return verdict
             if clock.monotonic() > until:
-                return Verdict("unknown", verdict.transaction, "the network does not show it yet")
+                return Verdict("unknown", verdict.transaction, why)
             threading.Event().wait(_CONFIRM_EVERY_SECONDS)
 
     def _lose_sight(self, record: Record, verdict: Verdict) -> None:

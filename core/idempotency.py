@@ -59,17 +59,21 @@ def find(
             "idempotency_key_reused", "This Idempotency-Key was used with another request."
         )
     if state == "running":
-        return errors.Refusal(
-            "idempotency_in_progress",
-            "The first call with this Idempotency-Key is still running.",
-            headers={"Retry-After": "1"},
-        )
+        return in_progress()
     if state == "lost":
         return errors.Refusal(
             "idempotency_replay_unavailable",
             "The first call was charged, but its answer was not kept. Nothing was charged now.",
         )
     return Stored(status, [(name, value) for name, value in json.loads(headers)], body)
+
+
+def in_progress() -> errors.Refusal:
+    return errors.Refusal(
+        "idempotency_in_progress",
+        "The first call with this Idempotency-Key is still running.",
+        headers={"Retry-After": "1"},
+    )
 
 
 def claim(tx: Tx, account_id: str, key: str, print_: bytes, call_id: str, now: int) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from core import calls, idempotency, tokens
+from core import calls, idempotency, tokens, wallets
 from core.errors import Refusal
 from core.idempotency import Stored
 from core.payments import payment as payments
@@ -47,9 +47,9 @@ def known(tx: Tx, tender: Tender, now: int) -> Refusal | Answered | Record | Non
         return unconfirmed(record.id)
     if record.status in UNDECIDED:
         return in_progress()
-    if record.created_at + idempotency.LIFE_MS <= now:
+    assert record.account_id is not None and record.decided_at is not None  # it is settled
+    if record.decided_at + idempotency.LIFE_MS <= now:
         return already_used()
-    assert record.account_id is not None  # it is settled
     found = idempotency.find(tx, record.account_id, record.answer_key, tender.use.print, now)
     if isinstance(found, Stored):
         return Answered(record, found)
@@ -77,13 +77,21 @@ def claim(tx: Tx, tender: Tender, now: int) -> Record | Refusal:
 
 def running(tx: Tx, tender: Tender, now: int) -> Refusal | None:
     """Whether another payment of the same payer is being settled under the caller's
-    Idempotency-Key. Its answer will be found under the account, which there may not be yet."""
+    Idempotency-Key, or was a moment ago, when the payer's account was not there to be looked at."""
     key = tender.use.idempotency_key
     if key is None:
         return None
-    scope = tender.use.account_id or tender.payment.wallet.id
-    found = idempotency.find(tx, scope, key, tender.use.print, now)
-    return found if isinstance(found, Refusal) else None
+    scopes = [tender.use.account_id or tender.payment.wallet.id]
+    owner = wallets.owner_of(tx, tender.payment.wallet)
+    if tender.use.account_id is None and owner is not None:
+        scopes.append(owner.account_id)
+    for scope in scopes:
+        found = idempotency.find(tx, scope, key, tender.use.print, now)
+        if isinstance(found, Refusal):
+            return found
+        if found is not None:
+            return idempotency.in_progress()
+    return None
 
 
 def refuse(tx: Tx, record: Record, reason: str, now: int) -> bool:

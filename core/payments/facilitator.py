@@ -6,6 +6,7 @@ the payment; nobody knows. Only what is said in so many words is believed, the r
 
 import json
 import logging
+import re
 from typing import Any, Literal, NamedTuple
 
 from config import Network
@@ -31,6 +32,10 @@ _BEFORE_SENDING = (
 _PERHAPS_SENT = ("nonce", "used", "already", "simulation", "event", "state", "pending", "duplicate")
 # On Solana only the facilitator can send a payment, so one that cannot succeed was not sent.
 _BEFORE_SENDING_ON_SOLANA = ("transaction_simulation_failed",)
+
+
+# What it calls a transaction goes into headers and books, and to nodes.
+_TRANSACTION = re.compile(r"[0-9A-Za-z]{1,128}")
 
 
 class Verdict(NamedTuple):
@@ -78,7 +83,7 @@ def _verdict(network: Network, status: int, answer: bytes) -> Verdict:
         said = strict_json.decode(answer, wire.Settlement)
     except ValueError:
         return Verdict("unknown", reason=f"the facilitator's answer of status {status} is none")
-    transaction = said.transaction or None
+    transaction = said.transaction if _TRANSACTION.fullmatch(said.transaction) else None
     reason = (said.error_reason or "no reason given")[:200]
     if said.success:
         if not 200 <= status < 300:

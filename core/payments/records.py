@@ -1,6 +1,7 @@
 """The claim on a payment: one request has it, whoever else sends it and when. And how it ended."""
 
 import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from core import clock, errors, tokens
@@ -89,7 +90,12 @@ class Use(NamedTuple):
 
 def claim(tx: Tx, payment: Payment, use: Use, incarnation: str, now: int) -> Record | None:
     """Claim a payment for one request, for good unless it is released or refused; None when it is
-    claimed already. It must be on the disk before the payment leaves this machine."""
+    claimed already. It must be on the disk before the payment leaves this machine.
+
+    One that was refused is claimed anew as it is now: a payer may have signed another amount or
+    another time under the same number. It stays known since when, because what the network took
+    after it was first shown was paid for a request here.
+    """
     made = tokens.new_id("pay")
     row = tx.row(
         "INSERT INTO payment (id, number, key, network, asset, wallet, wallet_name, pay_to, amount,"
@@ -98,7 +104,8 @@ def claim(tx: Tx, payment: Payment, use: Use, incarnation: str, now: int) -> Rec
         " SELECT :id, COALESCE(MAX(number), 0) + 1, :key, :network, :asset, :wallet, :wallet_name,"
         " :pay_to, :amount, :credits, :purpose, :method, :path, :fingerprint, :print,"
         " :account, :answer_key, 'settling', :proof, :expires, :incarnation, :now"
-        " FROM payment WHERE TRUE ON CONFLICT (key) DO UPDATE SET credits = :credits,"
+        " FROM payment WHERE TRUE ON CONFLICT (key) DO UPDATE SET wallet_name = :wallet_name,"
+        " pay_to = :pay_to, amount = :amount, credits = :credits, expires_at = :expires,"
         " purpose = :purpose, method = :method, path = :path, fingerprint = :fingerprint,"
         " print = :print, account_id = :account,"
         " answer_key = :answer_key, call_id = NULL, status = 'settling', reason = NULL,"
@@ -243,6 +250,13 @@ def use(tx: Tx, payment_id: str, call_id: str, answer_key: str) -> None:
         "UPDATE payment SET call_id = :call, answer_key = :key WHERE id = :id",
         {"id": payment_id, "call": call_id, "key": answer_key},
     )
+
+
+def by_ids(tx: Tx, ids: Iterable[str]) -> dict[str, Record]:
+    """Those of these payments that there are, by id."""
+    query = f"SELECT {_COLUMNS} FROM payment WHERE id = :id"
+    rows = (tx.row(query, {"id": payment_id}) for payment_id in ids)
+    return {row[0]: Record(*row) for row in rows if row is not None}
 
 
 def unconfirmed(tx: Tx) -> int:

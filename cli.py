@@ -560,9 +560,12 @@ def show_payment(payment_id: str) -> None:
 @plainly
 def reconcile_payments(payment_id: str | None, settled: str | None, refused: bool) -> None:
     """Find out now how payments ended that nobody heard the end of; or say how one did."""
-    if (settled is not None or refused) and (payment_id is None or (settled and refused)):
+    says = settled is not None or refused
+    if says and (payment_id is None or (settled is not None and refused)):
         raise click.UsageError("Give one ID, and one of --settled and --refused.")
-    if settled is not None or refused:
+    if settled is not None and not re.fullmatch(r"[0-9A-Za-z]{1,128}", settled):
+        raise click.BadParameter(f"{settled!r} names no transaction.", param_hint="--settled")
+    if says:
         verdict = Verdict("refused", None, "the operator says so")
         if settled is not None:
             verdict = Verdict("settled", settled)
@@ -571,10 +574,16 @@ def reconcile_payments(payment_id: str | None, settled: str | None, refused: boo
         return
     if instance().desk is None:
         raise click.ClickException("there is no [x402] in the config, so nobody can be asked")
-    still_unknown = 0
+    looked, still_unknown = False, 0
     for found, verdict in reconciler.look_now(instance(), payment_id):
+        looked = True
         click.echo(f"{found} {verdict.outcome} {verdict.transaction or verdict.reason}")
         still_unknown += verdict.outcome not in ("settled", "refused")
+    if payment_id is not None and not looked:
+        with instance().db.reading() as tx:
+            payment = records.get(tx, payment_id)
+        click.echo(f"{payment.id} {payment.status} {payment.transaction_id or payment.reason}")
+        still_unknown += payment.status in records.UNDECIDED
     if still_unknown:
         raise click.ClickException(f"{still_unknown} payments are still unknown")
 

@@ -10,6 +10,7 @@ from blueprints import (
     admin_accounts,
     admin_health,
     admin_keys,
+    admin_payments,
     admin_prices,
     admin_vouchers,
     audit,
@@ -63,7 +64,8 @@ def create_app(settings: Settings | None = None) -> Flask:
     app.before_request(_preflight)
     for module in (credits, llm_models, keys, members, session_tokens, payments, audit, health,
                    docs, auth, oidc, dashboard, billing, usage, settings_pages, admin_accounts,
-                   admin_keys, admin_vouchers, admin_prices, admin_health):  # fmt: skip
+                   admin_keys, admin_vouchers, admin_payments, admin_prices,
+                   admin_health):  # fmt: skip
         app.register_blueprint(module.blueprint)
     visitors.register(app)
     pages.register(app)

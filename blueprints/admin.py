@@ -7,8 +7,10 @@ from flask_login import current_user
 
 from blueprints import pages
 from blueprints.pages import not_operator, whole
+from blueprints.rendering import instance
 from blueprints.visitors import visitor
 from core import errors
+from core.payments import records
 
 PER_PAGE = 50
 DAYS = 30
@@ -20,12 +22,19 @@ def section(name: str) -> Blueprint:
     blueprint = Blueprint(name, __name__, url_prefix="/admin")
     blueprint.before_request(pages.before)
     blueprint.before_request(_operators_only)
+    blueprint.context_processor(_in_the_menu)
     return blueprint
 
 
 def _operators_only() -> None:
     if current_user.is_authenticated and not visitor().user.is_operator:
         raise not_operator()
+
+
+def _in_the_menu() -> dict[str, int]:
+    """What stands out on every one of these pages."""
+    with instance().db.reading() as tx:
+        return {"unconfirmed": records.unconfirmed(tx)}
 
 
 def amount(least: int) -> int:

@@ -8,9 +8,19 @@ from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints import pictures
 from blueprints.admin import DAYS, PER_PAGE, after, amount, place, section
-from blueprints.pages import KINDS, counted, field, number, once, operate, required, show
+from blueprints.pages import (
+    KINDS,
+    counted,
+    field,
+    number,
+    once,
+    operate,
+    payments_of,
+    required,
+    show,
+)
 from blueprints.rendering import instance
-from core import audit, calls, clock, daily, errors, keys, ledger, members, oversight
+from core import audit, calls, clock, daily, errors, keys, ledger, members, oversight, wallets
 from core.audit import Actor
 from core.errors import Refusal
 from core.oversight import AccountRow
@@ -48,10 +58,13 @@ def _account_page(account_id: str, problem: Refusal | None = None) -> Response:
     with instance().db.reading() as tx:
         people = members.of_account(tx, account_id)
         listed = keys.newest(tx, account_id, None, None, PER_PAGE)
-    entries = ledger.entries(instance().db, account_id, None, None, 20)
+        linked = wallets.of_account(tx, account_id)
+    entries = [entry for _, entry in ledger.entries(instance().db, account_id, None, None, 20)]
+    with instance().db.reading() as tx:
+        payments = payments_of(tx, entries)
     return show(
         "admin/account.html", problem=problem, found=found, people=people, keys=listed,
-        now=clock.now_ms(), entries=[entry for _, entry in entries], words=KINDS,
+        now=clock.now_ms(), entries=entries, words=KINDS, wallets=linked, payments=payments,
     )  # fmt: skip
 
 

@@ -9,9 +9,12 @@ from blueprints import pictures
 from blueprints.admin import PER_PAGE, section
 from blueprints.pages import cursor, names_of, show
 from blueprints.rendering import instance
+from config import Network
 from core import audit, calls, clock, daily, oversight, upstream
 from core.adapters.sms import TWILIO_URL
 from core.daily import Sold
+from core.errors import Refusal
+from core.payments import facilitator
 
 blueprint = section("admin_health")
 
@@ -50,13 +53,25 @@ def health() -> Response:
     found = instance()
     with found.db.reading() as tx:
         lately = daily.sold(tx, pictures.today() - 1)
-    reached = {}
+    reached, settled_by = {}, {}
+    networks = {} if found.settings.payments is None else found.settings.payments.networks
     if request.method == "POST":
         for name, section in found.settings.upstreams.items():
             url = section.base_url or (TWILIO_URL if section.kind == "twilio" else None)
             reached[name] = None if url is None else upstream.reach(url, _PATIENCE_SECONDS)
+        settled_by = {name: _why_not_settled(network) for name, network in networks.items()}
     rows = [_served(name, lately) for name in found.settings.upstreams]
-    return show("admin/health.html", rows=rows, reached=reached)
+    return show("admin/health.html", rows=rows, reached=reached, networks=list(networks),
+                settled_by=settled_by)  # fmt: skip
+
+
+def _why_not_settled(network: Network) -> str | None:
+    """Why nobody settles payments on a network just now; None when its facilitator says it does."""
+    try:
+        found = facilitator.supported(network)
+    except Refusal as refusal:
+        return refusal.message
+    return None if found.settles else "the facilitator does not settle payments there"
 
 
 class Served(NamedTuple):

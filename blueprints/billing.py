@@ -22,6 +22,7 @@ from blueprints.pages import (
     field,
     month_of,
     once,
+    payments_of,
     required,
     seat,
     show,
@@ -76,17 +77,47 @@ def _home(problem: Refusal | None = None, issued: Issued | None = None) -> Respo
     whose = None if who.is_owner else who.user_id
     with found.db.reading() as tx:
         listed = keys.newest(tx, who.account_id, whose, cursor(), _PER_PAGE + 1)
-    entries = ledger.entries(found.db, who.account_id, None, None, _ENTRIES)
+    entries = [entry for _, entry in ledger.entries(found.db, who.account_id, None, None, _ENTRIES)]
+    with found.db.reading() as tx:
+        payments = payments_of(tx, entries)
     shown = listed[:_PER_PAGE]
     return show(
         "dashboard/billing.html", problem=problem, issued=issued,
         keys=shown, now=now, older=shown[-1].number if len(listed) > len(shown) else None,
         scopes=_scopes([]),
-        entries=[entry for _, entry in entries], words=KINDS, month=f"{month_of(None):%Y-%m}",
+        entries=entries, payments=payments, words=KINDS, month=f"{month_of(None):%Y-%m}",
+        buying=_buying(found),
     )  # fmt: skip
 
 
 # Adding credits
+
+
+class Buying(NamedTuple):
+    """How a program with a wallet buys credits."""
+
+    networks: list[str]
+    units_per_credit: int
+    least: int
+    most: int
+    curl: str
+    install: str
+    program: str
+
+
+def _buying(found: Instance) -> Buying | None:
+    """The same for this account; None where nothing is paid on the spot."""
+    terms = found.settings.payments
+    if terms is None:
+        return None
+    credits, url = terms.topup_credits, found.settings.public_url + examples.TOP_UP
+    network, units = next(iter(terms.networks)), credits * terms.units_per_credit
+    body = {"credits": credits}
+    return Buying(
+        list(terms.networks), terms.units_per_credit, terms.topup_min, terms.topup_max,
+        examples.curl_of(url, "POST", "$FAREBOX_API_KEY", body), examples.paying_install(network),
+        examples.paying(url, "POST", body, network, units, "FAREBOX_API_KEY"),
+    )  # fmt: skip
 
 
 @blueprint.post("/redeem")
@@ -368,10 +399,12 @@ def revoke_token() -> BaseResponse:
 def entries() -> Response:
     """All that moved the balance, newest first."""
     rows = ledger.entries(instance().db, seat().account_id, None, cursor(), _PER_PAGE + 1)
-    shown = rows[:_PER_PAGE]
-    older = shown[-1][0] if len(rows) > len(shown) else None
-    return show("dashboard/ledger.html", entries=[entry for _, entry in shown], older=older,
-                words=KINDS)  # fmt: skip
+    shown = [entry for _, entry in rows[:_PER_PAGE]]
+    older = rows[_PER_PAGE - 1][0] if len(rows) > len(shown) else None
+    with instance().db.reading() as tx:
+        payments = payments_of(tx, shown)
+    return show("dashboard/ledger.html", entries=shown, older=older, words=KINDS,
+                payments=payments)  # fmt: skip
 
 
 @blueprint.get("/statement")

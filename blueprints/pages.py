@@ -17,6 +17,7 @@ from core import access, clock, errors, ledger, members, sessions, tokens, users
 from core.audit import Actor
 from core.errors import Refusal
 from core.ledger import Standing
+from core.payments import records
 from core.sessions import Seat
 from models import Tx
 
@@ -33,6 +34,25 @@ KINDS = {  # of entries, in people's words
     "refund": "Refund",
     "adjustment": "Adjustment",
 }
+PAYMENTS = {  # how they ended, likewise
+    "settling": "being settled",
+    "unknown": "not confirmed yet",
+    "settled": "settled",
+    "refused": "refused",
+}
+_NETWORKS = {  # by their CAIP-2 names
+    "eip155:1": "Ethereum",
+    "eip155:10": "OP Mainnet",
+    "eip155:137": "Polygon",
+    "eip155:8453": "Base",
+    "eip155:42161": "Arbitrum One",
+    "eip155:43114": "Avalanche",
+    "eip155:43113": "Avalanche Fuji",
+    "eip155:84532": "Base Sepolia",
+    "eip155:11155111": "Ethereum Sepolia",
+    "solana:5eykt4UsFv8P8NJdTREpY1vzqKqZKvdp": "Solana",
+    "solana:EtWTRABZaYq6iMfeYKouRu166VU2xqa1": "Solana Devnet",
+}
 
 
 class Account(NamedTuple):
@@ -48,7 +68,7 @@ def register(app: Flask) -> None:
     """Give templates their words for numbers and times."""
     app.jinja_env.globals["new_id"] = tokens.new_id
     app.jinja_env.filters.update(
-        usdc=usdc,
+        usdc=usdc, network=network,
         number=number, counted=counted, plural=plural, when=when, dollars=dollars,
         day_field=day_field, worth=lambda credits: instance().worth(credits),
     )  # fmt: skip
@@ -171,6 +191,12 @@ def names_of(tx: Tx, user_ids: set[str]) -> dict[str, str]:
     return {user_id: users.name_of(tx, user_id) for user_id in user_ids}
 
 
+def payments_of(tx: Tx, entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The payments that entries of an account came from, by their ids."""
+    bought = records.by_ids(tx, (e["reference"] for e in entries if e["kind"] == "topup"))
+    return {payment_id: payment.told() for payment_id, payment in bought.items()}
+
+
 # Words
 
 
@@ -179,12 +205,17 @@ def number(value: int) -> str:
     return f"{value:,}".replace("-", "−")
 
 
-def usdc(units: str) -> str:
+def usdc(units: int | str) -> str:
     """Millionths of a dollar as dollars, with at least the two places of a cent."""
     dollars = Decimal(units).scaleb(-6).normalize()
     exponent = dollars.as_tuple().exponent
     assert isinstance(exponent, int)  # a finite number's is
     return format(dollars.quantize(Decimal("0.01")) if exponent > -2 else dollars, ",f")
+
+
+def network(name: str) -> str:
+    """What people call a network; its CAIP-2 name, if they have no other for it."""
+    return _NETWORKS.get(name, name)
 
 
 def counted(value: int, thing: str) -> str:

@@ -14,7 +14,7 @@ from werkzeug.datastructures import MIMEAccept
 from werkzeug.exceptions import HTTPException
 from werkzeug.http import parse_accept_header
 
-from core import errors, tokens
+from core import errors, examples, tokens
 from core.errors import Refusal
 from core.instance import Instance
 
@@ -140,11 +140,37 @@ def refused(why: Refusal) -> Response:
     if not prefers_html(request.environ) or (of_api and not is_challenge(why)):
         status, found, body = refusal(instance(), request.environ, why)
         return Response(body, status, found)
-    template = "payment.html" if is_challenge(why) else "error.html"
     request_id = request_ids(request.environ)[0]
-    answer = page(template, why.kind.status, why=why, request_id=request_id)
+    if is_challenge(why):
+        answer = page(
+            "payment.html", why.kind.status, why=why, request_id=request_id, **_how_to_pay(why)
+        )
+    else:
+        answer = page("error.html", why.kind.status, why=why, request_id=request_id)
     answer.headers.update(why.all_headers())
     return answer
+
+
+def _how_to_pay(why: Refusal) -> dict[str, str | None]:
+    """For a page: what calls what was asked for and pays for it, or has credits pay."""
+    method, environ = request.method, request.environ
+    routes = instance().catalog.methods_at(raw_path(environ))
+    route = routes.get(method)
+    body: dict[str, Any] | None = {} if method == "POST" else None
+    if route is not None:
+        body = examples.body(route, None) if method in ("POST", "PUT", "PATCH") else None
+    url, query = why.fields["resource"]["url"], environ.get("QUERY_STRING", "")
+    url += f"?{query}" if query else ""
+    with_key = examples.curl_of(url, method, "$FAREBOX_API_KEY", body)
+    accepts = why.fields["accepts"]
+    if not accepts:
+        return {"curl": with_key}
+    network, units = accepts[0]["network"], int(accepts[0]["amount"])
+    return {
+        "curl": with_key,
+        "install": examples.paying_install(network),
+        "program": examples.paying(url, method, body, network, units),
+    }
 
 
 def http_error(error: HTTPException) -> Response:

@@ -10,7 +10,7 @@ from blueprints.inviting import Invitation
 from blueprints.pages import act, before, field, required, seat, show, whole
 from blueprints.rendering import instance
 from blueprints.visitors import sign_in, sign_out, visitor, with_password
-from core import clock, errors, keys, members, passwords, sessions, users
+from core import clock, errors, keys, members, passwords, sessions, users, wallets
 from core.audit import Actor
 from core.errors import Refusal
 from core.members import Member, Terms
@@ -37,6 +37,7 @@ def _home(problem: Refusal | None = None) -> Response:
             "dashboard/settings.html", problem=problem, here=me.session, now=now,
             key=next((key for key in mine if key.status_at(now) == "active"), None),
             members=members.of_account(tx, who.account_id),
+            wallets=wallets.of_account(tx, who.account_id),
             sessions=sessions.of_user(tx, who.user_id, now),
             identities=users.identities_of(tx, who.user_id),
             has_password=users.has_password(tx, who.user_id),

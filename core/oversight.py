@@ -16,13 +16,14 @@ class AccountRow(NamedTuple):
     standing: Standing
     open_calls: int
     created_at: int
-    owner: str | None  # an e-mail, or an id
+    owner: str | None  # an e-mail, or an id; where there is no user, a wallet
     spent: int
 
 
 _COLUMNS = (
     "a.id, a.status, a.status_reason, a.balance, a.held, a.open_calls, a.created_at,"
-    " COALESCE(u.email, u.id),"
+    " COALESCE(u.email, u.id, (SELECT w.name FROM wallet w WHERE w.account_id = a.id"
+    " ORDER BY w.created_at, w.id LIMIT 1)),"
     " (SELECT COALESCE(SUM(d.captured), 0) FROM call_day d"
     " WHERE d.account_id = a.id AND d.day >= :day)"
     " FROM account a LEFT JOIN user u ON u.account_id = a.id"
@@ -32,12 +33,14 @@ _COLUMNS = (
 def accounts(
     tx: Tx, text: str, before: tuple[int, str], spent_since: int, limit: int
 ) -> list[AccountRow]:
-    """Accounts, the newest first, whose id is `text` or whose owner's e-mail holds it; `before` is
-    when the last one was made, and its id. `spent_since` is a day."""
+    """Accounts, the newest first, whose id is `text` or whose owner's e-mail or wallet holds it;
+    `before` is when the last one was made, and its id. `spent_since` is a day."""
     rows = tx.rows(
         f"SELECT {_COLUMNS} WHERE a.id <> :operator"
         " AND (a.created_at < :at OR (a.created_at = :at AND a.id < :id))"
-        " AND (:text = '' OR a.id = :text OR u.id = :text OR u.email LIKE :like ESCAPE '!')"
+        " AND (:text = '' OR a.id = :text OR u.id = :text OR u.email LIKE :like ESCAPE '!'"
+        " OR EXISTS (SELECT 1 FROM wallet w WHERE w.account_id = a.id"
+        " AND LOWER(w.name) LIKE :like ESCAPE '!'))"
         " ORDER BY a.created_at DESC, a.id DESC LIMIT :limit",
         {
             "operator": OPERATOR_ACCOUNT, "at": before[0], "id": before[1], "text": text,

@@ -43,7 +43,7 @@ def filled(box: Box, rule: str, whose: Person) -> tuple[str, dict[str, str]]:
         "count": "1", "note": "a note", "reason": "a reason", "role": "owner", "expires": "",
         "credit_limit": "7", "credit_period": "day", "rate_limit": "9", "grace_seconds": "0",
         "email": f"new{next(_numbers)}@example.com", "password": ANOTHER_PASSWORD,
-        "current": PASSWORD,
+        "current": PASSWORD, "transaction": f"0x{'5e' * 32}",
     }  # fmt: skip
     if rule == "/login":
         fields |= {"email": whose.email, "password": PASSWORD}
@@ -143,6 +143,22 @@ class _Things:
     @property
     def voucher_id(self) -> str:
         return self.voucher()[0]
+
+    @property
+    def payment_id(self) -> str:
+        """Of a payment whose end nobody knows, by a wallet nobody has seen."""
+        number, made = next(_numbers), tokens.new_id("pay")
+        self._box.run(
+            "INSERT INTO payment (id, number, key, network, asset, wallet, wallet_name, pay_to,"
+            " amount, credits, purpose, method, path, fingerprint, print, answer_key, status,"
+            " reason, proof, incarnation, looks, next_look_at, created_at)"
+            " SELECT :id, COALESCE(MAX(number), 0) + 1, :id, 'eip155:8453', '0xasset', :wallet,"
+            " :wallet, '0xpayee', 50000, 5, 'topup', 'POST', '/api/v1/credits/top-up', :print,"
+            " :print, :id, 'unknown', 'no answer', '{}', 'nobody', 1, :later, :now FROM payment",
+            id=made, wallet=f"eip155:0x{number:040x}", print=made.encode(), now=self._now,
+            later=self._now + clock.DAY_MS,
+        )  # fmt: skip
+        return made
 
     def token_id(self) -> str:
         """Of a session token that nobody has ended."""

@@ -246,7 +246,7 @@ def test_accounts_are_found_by_what_is_typed_and_nothing_else(fresh: Box) -> Non
 
     def found(text: str) -> list[str]:
         page = boss.press("/admin", "Search", q=text)
-        assert page.field("E-mail or account").get("value") == text.strip()
+        assert page.field("E-mail, wallet or account").get("value") == text.strip()
         return sorted(item.all("strong")[0].text for item in page.items())
 
     assert found("") == sorted([*emails, boss.email])

@@ -21,10 +21,10 @@ from core.wallets import Wallet
 
 _DECIMALS = 6
 _TRANSFER_CHECKED = 12
-_SYSTEM, _TOKEN, _TOKEN_2022, _ATA, _BUDGET, _MEMO, _LIGHTHOUSE = map(
+_LONGEST = 1232  # bytes; the network takes no longer transaction
+_TOKEN, _TOKEN_2022, _ATA, _BUDGET, _MEMO, _LIGHTHOUSE = map(
     Pubkey.from_string,
     (
-        "11111111111111111111111111111111",
         "TokenkegQfeZyiNwAJbNbGKPFXCWuBvf9Ss623VQ5DA",
         "TokenzQdBNbLqP5VEhdkAS6EPFLC1PHnBqCXEpPxuEb",
         "ATokenGPvbdGVxr1b2hvZbsiqW5xWH25efTNsLJA8knL",
@@ -52,7 +52,6 @@ class Transfer(NamedTuple):
     destination: Pubkey
     authority: Pubkey
     amount: int
-    program: Pubkey
 
 
 def read(network: Network, payload: Payload) -> Payment:
@@ -75,7 +74,7 @@ def read(network: Network, payload: Payload) -> Payment:
         network=network,
         wallet=Wallet.of("solana", str(transfer.authority)),
         pay_to=str(transfer.destination),
-        pays_us=transfer.destination == token_account(pay_to, asset, transfer.program),
+        pays_us=transfer.source != transfer.destination == token_account(pay_to, asset),
         amount=transfer.amount,
         valid_after=None,
         valid_before=None,
@@ -88,9 +87,9 @@ def read(network: Network, payload: Payload) -> Payment:
     )
 
 
-def token_account(owner: Pubkey, mint: Pubkey, program: Pubkey = _TOKEN) -> Pubkey:
+def token_account(owner: Pubkey, mint: Pubkey) -> Pubkey:
     """The address where an owner's tokens are (SPL's associated token account)."""
-    seeds = [bytes(owner), bytes(program), bytes(mint)]
+    seeds = [bytes(owner), bytes(_TOKEN), bytes(mint)]
     return Pubkey.find_program_address(seeds, _ATA)[0]
 
 
@@ -126,7 +125,7 @@ def _decode(text: str) -> VersionedTransaction:
         whole = bytes(transaction) == raw
     except (binascii.Error, UnicodeEncodeError, ValueError):
         raise refused("malformed_transaction", "The transaction cannot be read.") from None
-    if not whole:
+    if not whole or len(raw) > _LONGEST:
         raise refused("malformed_transaction", "There is more than a transaction.")
     return transaction
 
@@ -145,8 +144,10 @@ def _transfer(message: Message | MessageV0) -> Transfer:
         ):
             raise refused("malformed_transaction", "An instruction names no account.")
         program = keys[instruction.program_id_index]
-        if program in (_TOKEN, _TOKEN_2022):
-            transfers.append(_one_transfer(instruction, keys, program))
+        if program == _TOKEN_2022:  # USDC is not there, and tokens that are may cost to transfer
+            raise refused("wrong_token_program", f"The payment must be made with {_TOKEN}.")
+        if program == _TOKEN:
+            transfers.append(_one_transfer(instruction, keys))
         elif program not in _HARMLESS:
             raise refused("unknown_instruction", f"The transaction calls {program}.")
     if len(transfers) != 1:
@@ -154,9 +155,7 @@ def _transfer(message: Message | MessageV0) -> Transfer:
     return transfers[0]
 
 
-def _one_transfer(
-    instruction: CompiledInstruction, keys: list[Pubkey], program: Pubkey
-) -> Transfer:
+def _one_transfer(instruction: CompiledInstruction, keys: list[Pubkey]) -> Transfer:
     data, accounts = bytes(instruction.data), list(instruction.accounts)
     if len(data) != 10 or data[0] != _TRANSFER_CHECKED or len(accounts) != 4:
         raise refused("not_a_transfer", "The transaction's transfer is no plain TransferChecked.")
@@ -164,7 +163,7 @@ def _one_transfer(
         raise refused("wrong_decimals", f"The token has {_DECIMALS} decimals.")
     source, mint, destination, authority = (keys[index] for index in accounts)
     amount = int.from_bytes(data[1:9], "little")
-    return Transfer(source, mint, destination, authority, amount, program)
+    return Transfer(source, mint, destination, authority, amount)
 
 
 def _check_signers(transaction: VersionedTransaction, authority: Pubkey) -> None:

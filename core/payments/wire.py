@@ -27,15 +27,13 @@ class Shape(msgspec.Struct, frozen=True, rename="camel", kw_only=True):
 
 
 class Requirement(Shape, frozen=True):
-    """One way to pay."""
+    """One way to pay, as far as a payer must repeat it."""
 
     scheme: str
     network: str
     asset: str
     amount: str
     pay_to: str
-    max_timeout_seconds: int = VALID_SECONDS
-    extra: dict[str, Any] = {}
 
 
 class Resource(Shape, frozen=True):

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from core import idempotency, keys, ledger, limits
+from core import idempotency, keys, ledger, limits, wallets
 from core.access import Principal
 from core.adapters import Inbound, Order
 from core.errors import Refusal
@@ -57,6 +57,10 @@ def admit(
         keys.note_use(tx, principal.key, now)
     if isinstance(order, Refusal):
         return Admission(rate, refusal=order)
+    if principal.payer == "x402" and isinstance(tender, Tender):
+        # The payer's account may have been opened since it was looked for, by this very payment.
+        owner = wallets.owner_of(tx, tender.payment.wallet)
+        call = call._replace(account_id="" if owner is None else owner.account_id)
     print_ = tender.use.print if isinstance(tender, Tender) else b""
     if call.idempotency_key is not None and not print_:
         print_ = idempotency.fingerprint(call.method, inbound.path, inbound.query, inbound.body)

@@ -151,7 +151,7 @@ def refused(why: Refusal) -> Response:
     return answer
 
 
-def _how_to_pay(why: Refusal) -> dict[str, str | None]:
+def _how_to_pay(why: Refusal) -> dict[str, Any]:
     """For a page: what calls what was asked for and pays for it, or has credits pay."""
     method, environ = request.method, request.environ
     routes = instance().catalog.methods_at(raw_path(environ))
@@ -165,9 +165,12 @@ def _how_to_pay(why: Refusal) -> dict[str, str | None]:
     accepts = why.fields["accepts"]
     if not accepts:
         return {"curl": with_key}
+    terms = instance().settings.payments
+    assert terms is not None  # or nothing would be asked for
     network, units = accepts[0]["network"], int(accepts[0]["amount"])
     return {
         "curl": with_key,
+        "credits": units // terms.units_per_credit,
         "install": examples.paying_install(network),
         "program": examples.paying(url, method, body, network, units),
     }

@@ -13,7 +13,6 @@ USD_UNITS = 10**6  # USDC has six decimals
 # What a stock client pays at most without being told to: a top-up that names no amount is within.
 _COMMON_LIMIT_UNITS = USD_UNITS
 _TOPUP_CREDITS, _TOPUP_MIN = 100, 10
-_DEAREST_CREDIT = 10**9  # dollars
 
 # Circle's USDC by network (https://developers.circle.com/stablecoins/usdc-contract-addresses): the
 # token's address and, where it is an EIP-3009 contract, the name and version of its EIP-712 domain.
@@ -77,7 +76,7 @@ def payments(section: X402Section, usd_per_credit: str) -> Payments:
             " what is in requirements-x402.lock",
         )
     units = Decimal(usd_per_credit) * USD_UNITS
-    if units != int(units) or Decimal(usd_per_credit) > _DEAREST_CREDIT:
+    if units != int(units):
         fail(
             "$.instance.usd_per_credit",
             f"with [x402], expected a whole number of millionths of a dollar, got {usd_per_credit}",

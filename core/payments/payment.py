@@ -56,6 +56,8 @@ def fault(payment: Payment, units: int, resource: str, now: int) -> Refusal | No
     settles a payment under another name than it was made for.
     """
     network, said = payment.network, payment.accepted
+    if units > MOST_UNITS:
+        return refused("too_large", "This costs more than can be paid on the spot.")
     if said.scheme != wire.SCHEME:
         return refused("unsupported_scheme", f"The scheme is {wire.SCHEME}.")
     if not payment.pays_us or _plain(said.pay_to) != _plain(network.pay_to):

@@ -69,8 +69,13 @@ def place(the_market: Market) -> Market:
 
 @pytest.fixture(scope="module")
 def box(start_farebox: StartFarebox, upstream_server: Upstream, the_market: Market) -> Farebox:
-    limits = "[limits]\nrequests_per_minute = 1000000\nconcurrent_calls = 2\n"
-    return start_farebox(f"{routes_toml(upstream_server)}{limits}{the_market.toml()}")
+    limits = """
+[limits]
+requests_per_minute = 1000000
+failed_auth_per_minute = 1000000
+concurrent_calls = 2
+"""
+    return start_farebox(routes_toml(upstream_server) + limits + the_market.toml())
 
 
 @pytest.fixture(scope="module")
@@ -267,6 +272,43 @@ def test_50_payments_under_one_idempotency_key_are_one_top_up(
         assert buy(0).body == first.body
 
 
+# More payments than can be settled
+
+
+def test_payments_wait_for_a_facilitator_in_half_of_the_threads_and_no_more(
+    box: Farebox, books: Books, place: Market, upstream: Upstream
+) -> None:
+    wallet, path = place.wallet("evm", PRICE), "/api/v1/up/ok/crowd"
+    _, key = box.account(credits=PRICE)
+    go, many = threading.Event(), 40  # two workers with 32 threads each
+
+    def refuse_late(asked: Asked) -> Reply:
+        assert go.wait(30)
+        told = {"success": False, "errorReason": "invalid_payload", "transaction": ""}
+        return Reply.json(told | {"network": wallet.network})
+
+    place.facilitator.before_settle = refuse_late
+    headers = sign(box, wallet, path, many)
+    sent = [Background(partial(pay, box, path, header)) for header in headers]
+    # All have come so far as they can when the rest was turned away.
+    until(lambda: sum(each.done for each in sent) + place.facilitator.calls["settle"] == many)
+    turned_away = [n for n, each in enumerate(sent) if each.done]
+    assert many - 32 <= len(turned_away) < many
+    assert box.post("/api/v1/up/ok/beside", key).status == 200, "who has credits is served"
+    go.set()
+    answers = [each.result() for each in sent]
+    for number, answer in enumerate(answers):
+        if number in turned_away:
+            assert (answer.status, answer.code) == (503, "overloaded")
+            assert answer.headers["Retry-After"] == "1"
+        else:
+            assert (answer.status, answer.code) == (402, "payment_invalid")
+    assert len(books.payments(wallet)) == many - len(turned_away), "the claims were let go"
+    place.facilitator.before_settle = None
+    assert pay(box, path, headers[turned_away[0]]).status == 200
+    assert (books.credits(wallet), place.left(wallet)) == (0, 0)
+
+
 # What changes while a payment is being settled
 
 
@@ -417,6 +459,26 @@ def test_an_account_with_too_many_calls_when_its_payment_is_settled_loses_no_mon
     assert place.facilitator.calls["settle"] == 1
     assert pay(box, path, header, key).status == 200
     assert balance(books, account) == (0, 0)
+
+
+def test_a_wallet_with_too_many_calls_is_not_let_pay_for_another(
+    box: Farebox, books: Books, place: Market, upstream: Upstream
+) -> None:
+    wallet, path = place.wallet("evm", 3 * PRICE), "/api/v1/up/ok/third"
+    running = []
+    for number in range(2):
+        gated = f"/api/v1/up/gated/two/{number}"
+        (header,) = sign(box, wallet, gated)
+        running.append(Background(partial(pay, box, gated, header)))
+        upstream.wait_for(number + 1, "/gated/two")
+    (header,) = sign(box, wallet, path)
+    refused = pay(box, path, header)
+    assert (refused.status, refused.code) == (429, "rate_limited")
+    assert place.facilitator.calls["settle"] == 2
+    upstream.gate("two").open()
+    assert [call.result().status for call in running] == [200, 200]
+    assert pay(box, path, header).status == 200
+    assert (books.credits(wallet), place.left(wallet)) == (0, 0)
 
 
 def test_whoever_leaves_while_their_payment_is_settled_gets_their_answer_later(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import StartFarebox
 from doubles import Exchange, Gone, Upstream, behaviour, sse_event
+from inprocess import Box
 from llm_double import (
     CHAT,
     DONE,
@@ -43,9 +45,11 @@ from market import (
     market,
     receipt_of,
     who,
+    x402_toml,
 )
-from payers import encode
-from server import Answer, Farebox
+from payers import EvmWallet, encode
+from server import Answer, Farebox, until
+from settler import BASE, Settler
 from x402.http.utils import decode_payment_required_header, decode_payment_response_header
 
 from core import clock, ledger
@@ -227,6 +231,10 @@ def test_the_official_client_pays_for_a_call(
     assert account is not None
     assert (account.available, account.held) == (0, 0)
     assert books.entries(account.account) == [("topup", 2), ("capture", -2)]
+    ((payer_of_call,),) = books.rows(
+        "SELECT payer FROM call WHERE account_id = :a", a=account.account
+    )
+    assert payer_of_call == "x402"
     assert place.facilitator.calls["settle"] == 1
     (payment,) = books.payments(payer)
     told = receipt_of(answer)
@@ -532,6 +540,26 @@ def test_the_same_payment_again_gets_the_whole_streamed_chat(
     assert books.credits(wallet) == left
 
 
+def test_a_stream_that_its_payer_left_is_paid_for_and_not_played_again(
+    box: Farebox, books: Books, place: Market, upstream: Upstream
+) -> None:
+    wallet, path = place.wallet("evm"), "/api/v1/up/sse/3?gate=left"
+    header = signed(box, wallet, path, "GET")
+    upstream.gate("left").let()
+    with box.stream("GET", path, PAYMENT_SIGNATURE=header) as response:
+        assert response.headers["PAYMENT-RESPONSE"]
+        assert response.read(5) == b"data:"
+    charged = "SELECT captured FROM call WHERE account_id = :a"
+    account = books.of(wallet)
+    assert account is not None
+    until(lambda: books.rows(charged, a=account.account) == [(2,)], what="it is charged")
+    for _ in range(2):
+        again = paid(box, path, header, "GET")
+        assert (again.status, again.code) == (409, "idempotency_replay_unavailable")
+    assert len(upstream.hits("gate=left")) == 1
+    assert place.facilitator.calls["settle"] == 1
+
+
 @pytest.mark.parametrize("payer", ["solana"], indirect=True)
 def test_a_payment_opens_no_other_request(
     box: Farebox, books: Books, place: Market, payer: Wallet, upstream: Upstream
@@ -781,6 +809,117 @@ def test_a_key_at_its_own_limit_does_not_pay(box: Farebox, books: Books, place: 
     assert place.facilitator.calls["settle"] == 0
 
 
+def test_a_key_that_could_not_hold_what_was_paid_does_not_pay(
+    box: Farebox, books: Books, place: Market
+) -> None:
+    # With credits the answer would be made short enough for the limit; a payment is for all of it.
+    wallet, body = place.wallet("evm", credits=5000), chat()
+    _, key = box.account(0, "--credit-limit", "20", "--period", "total")
+    header = signed(box, wallet, CHAT, value=body)
+    answer = paid(box, CHAT, header, value=body, key=key)
+    assert (answer.status, answer.code) == (403, "credit_limit_reached")
+    assert place.facilitator.calls["settle"] == 0
+    assert books.payments(wallet) == []
+    assert box.standing(key) == (0, 0)
+
+
+def test_a_bearer_without_credits_pays_for_the_longest_answer(
+    box: Farebox, books: Books, place: Market
+) -> None:
+    wallet, body = place.wallet("evm", credits=5000), chat()
+    _, key = box.account(credits=1)
+    headers = {"Authorization": f"Bearer {key}"}
+    till = Till(place, wallet)
+    answer = by_requests(box, wallet, "POST", CHAT, json=body, headers=headers, any_amount=True)
+    assert (answer.status, answer.headers["X-Credits-Charged"]) == (200, str(RATES.price(3, 7)))
+    assert "X-Max-Tokens-Clamped" not in answer.headers
+    hold = till.took()
+    assert hold == hold_of(body | {"max_tokens": RATES.most})
+    assert box.standing(key) == (1 + hold - RATES.price(3, 7), 0)
+
+
+class Fruitless(Settler):
+    """Settles nothing: it says so, or is not heard."""
+
+    def __init__(self, says_so: bool) -> None:
+        super().__init__()
+        self._says_so = says_so
+
+    def respond(self, exchange: Exchange) -> None:
+        if not exchange.hit.path.endswith("/settle"):
+            super().respond(exchange)
+        elif self._says_so:
+            told = {"success": False, "errorReason": "invalid_exact_evm_payload"}
+            exchange.json(200, told | {"transaction": "", "network": BASE})
+        else:
+            exchange.close()
+
+
+SMALL = f"""
+[upstreams.sandbox]
+kind = "sandbox"
+[[routes]]
+path = "{SMS}"
+methods = ["POST"]
+upstream = "sandbox"
+adapter = "sms"
+credits = 1
+[limits]
+"""
+
+
+@pytest.mark.parametrize(
+    ("says_so", "code"), [(True, "payment_invalid"), (False, "payment_unconfirmed")]
+)
+def test_whoever_pays_with_bad_money_again_and_again_is_turned_away(
+    tmp_path: Path, says_so: bool, code: str
+) -> None:
+    with Fruitless(says_so) as settler:
+        toml = x402_toml(settler.url, {BASE: EvmWallet().address}, {})
+        with Box(tmp_path / "instance", f"{SMALL}failed_auth_per_minute = 5\n{toml}") as box:
+            challenges = {SMS: challenge_of(box.post(SMS)), TOP_UP: challenge_of(box.post(TOP_UP))}
+
+            def try_it(path: str, client: str) -> Answer:
+                headers = {"PAYMENT-SIGNATURE": EvmWallet().header(challenges[path])}
+                value = TEXT if path == SMS else {}
+                return box.request("POST", path, value=value, headers=headers, client=client)
+
+            for _ in range(3):  # a minute may end in the midst of one round, not of two
+                minute, before = clock.now_ms() // clock.MINUTE_MS, settler.settles
+                codes = [try_it((SMS, TOP_UP)[n % 2], "192.0.2.1").code for n in range(7)]
+                settles = settler.settles - before
+                other = try_it(SMS, "198.51.100.1")
+                if minute == clock.now_ms() // clock.MINUTE_MS:
+                    break
+            assert codes == [code] * 5 + ["rate_limited"] * 2
+            assert settles == 5, "nobody has a facilitator asked on and on"
+            assert other.code == code
+            assert box.post(SMS).status == 402, "to ask what it costs is another thing"
+
+
+@pytest.mark.parametrize("how", ["unpaid", "bad", "signed"])
+def test_nobody_has_large_bodies_priced_on_and_on(tmp_path: Path, how: str) -> None:
+    with Settler() as settler:
+        toml = x402_toml(settler.url, {BASE: EvmWallet().address}, {})
+        with Box(tmp_path / "instance", f"{SMALL}requests_per_minute = 5\n{toml}") as box:
+            challenge = challenge_of(box.post(SMS))
+            large = b'{"to": "+18148835337", "message": "hi"' + b" " * 70_000 + b"}"
+            changes = {"accepted": {"network": "eip155:1"}} if how == "bad" else {}
+
+            def ask() -> Answer:
+                header = EvmWallet().header(challenge, **changes)  # a new wallet costs nothing
+                headers = {} if how == "unpaid" else {"PAYMENT-SIGNATURE": header}
+                return box.request("POST", SMS, body=large, headers=headers)
+
+            for _ in range(3):
+                minute = clock.now_ms() // clock.MINUTE_MS
+                codes = [ask().code for _ in range(7)]
+                if minute == clock.now_ms() // clock.MINUTE_MS:
+                    break
+            expected = {"unpaid": "payment_required", "bad": "payment_invalid", "signed": None}
+            assert codes == [expected[how]] * 5 + ["rate_limited"] * 2
+
+
 # Payments that come to nothing
 
 
@@ -803,26 +942,21 @@ def test_a_wallet_without_money_is_told_so_and_may_try_again(
     assert len(upstream.hits("/ok/broke")) == 1
 
 
-def test_an_authorization_that_is_on_the_chain_invites_no_second_payment(
+def test_an_authorization_that_came_to_nothing_and_is_used_later_pays_when_it_is_shown_again(
     box: Farebox, books: Books, place: Market, upstream: Upstream
 ) -> None:
-    # The facilitator sent it without looking, and it came to nothing for want of money. But now it
-    # is public, and good until its time is over: anybody can send it again.
+    # The facilitator sent it without looking, and it failed for want of money. But now it is public
+    # and good until its time is over: anybody can send it again.
     wallet, path = place.wallet("evm", credits=0), "/api/v1/up/ok/public"
     header = signed(box, wallet, path, value={})
-    for _ in range(2):
-        answer = paid(box, path, header, value={})
-        assert (answer.status, answer.code) == (503, "payment_unconfirmed")
-        assert "PAYMENT-REQUIRED" not in answer.headers
+    answer = paid(box, path, header, value={})
+    assert (answer.status, answer.code) == (402, "payment_invalid")
+    assert answer.json()["reason"] == "transaction_failed"
     assert upstream.hits("/ok/public") == []
     assert books.of(wallet) is None
-    asked = place.facilitator.settles[0]
+    told = place.facilitator.settles[0].payload["payload"]
     place.fill(wallet, 2)
-    signature, authorization = (asked.payload["payload"][k] for k in ("signature", "authorization"))
-    place.evm.submit(authorization, signature)
-    ((payment, _),) = books.payments(wallet)
-    box.set_up("payments", "reconcile", payment)
-    assert books.credits(wallet) == 2
+    place.evm.submit(told["authorization"], told["signature"])
     assert paid(box, path, header, value={}).status == 200
     assert (place.left(wallet), books.credits(wallet)) == (0, 0)
     assert len(upstream.hits("/ok/public")) == 1

@@ -44,9 +44,10 @@ _SOLANA_TRANSACTION = re.compile(r"[1-9A-HJ-NP-Za-km-z]{64,90}")
 
 
 class Finding(NamedTuple):
-    """`settled`, with the transaction; `never`, now or later; or `open`."""
+    """`settled`, with the transaction; `never`, now or later; or `open`, which is `failed` when a
+    transaction was made for it in vain, though another could be."""
 
-    outcome: Literal["settled", "never", "open"]
+    outcome: Literal["settled", "never", "open", "failed"]
     transaction: str | None = None
 
 
@@ -103,15 +104,19 @@ def _was_shown_before(record: Record, at: int, network_now: int) -> bool:
 def _look_on_evm(url: str, record: Record) -> Finding:
     told = record.signed["authorization"]
     payer, nonce = _topic(told["from"]), told["nonce"]
+    transaction = record.transaction_id or ""
+    if not _EVM_TRANSACTION.fullmatch(transaction):
+        transaction = ""
     # All is asked of one block: behind an address there may be several nodes, and one that lags
     # knows nothing of what happened before the moment that another says it is.
     block = _ask(url, "eth_getBlockByNumber", ["latest", False])
     call = {"to": record.asset, "data": _AUTHORIZATION_STATE + payer[2:] + nonce[2:]}
     if int(_ask(url, "eth_call", [call, block["number"]]), 16) == 0:
-        over = (record.expires_at or 0) + _CLEARLY_OVER_MS
-        return Finding("never" if _time_of(block) > over else "open")
-    transaction = record.transaction_id or ""
-    at = _paid_on_evm(url, record, transaction) if _EVM_TRANSACTION.fullmatch(transaction) else None
+        if _time_of(block) > (record.expires_at or 0) + _CLEARLY_OVER_MS:
+            return Finding("never")
+        failed = transaction and _failed_on_evm(url, transaction, nonce, block["number"])
+        return Finding("failed", transaction) if failed else Finding("open")
+    at = _paid_on_evm(url, record, transaction) if transaction else None
     if not at:
         topic, transaction = _search_on_evm(url, record, int(block["number"], 16), payer, nonce)
         if topic == _AUTHORIZATION_CANCELED:
@@ -141,6 +146,17 @@ def _search_on_evm(url: str, record: Record, last: int, payer: str, nonce: str) 
             break
         last = first - 1
     raise Silent("what ended the authorization is not found")
+
+
+def _failed_on_evm(url: str, transaction: str, nonce: str, last: str) -> bool:
+    """Whether a transaction was to use this authorization, and came to nothing by that block."""
+    receipt = _ask(url, "eth_getTransactionReceipt", [transaction])
+    if receipt is None or int(receipt["status"], 16) != 0:
+        return False
+    if int(receipt["blockNumber"], 16) > int(last, 16):
+        return False
+    sent = _ask(url, "eth_getTransactionByHash", [transaction])
+    return sent is not None and nonce[2:] in sent["input"].lower()
 
 
 def _paid_on_evm(url: str, record: Record, transaction: str) -> int | None:

@@ -119,7 +119,7 @@ class Desk:
                 "overloaded", "Too many payments are being settled.", headers={"Retry-After": "1"}
             )
         try:
-            verdict = self._settle(self.terms.networks[record.network], record)
+            verdict = self._settle(self.terms.networks[record.network], record, first=True)
         except BaseException:
             self._lose_sight(record, Verdict("unknown", reason="it was broken off"))
             raise
@@ -165,10 +165,11 @@ class Desk:
             return verdict
         return Verdict("unknown", reason=verdict.reason)
 
-    def _settle(self, network: Network, record: Record) -> Verdict:
+    def _settle(self, network: Network, record: Record, first: bool = False) -> Verdict:
         """What the facilitator says, and the network where a node tells."""
         asked = requirement(network, record.amount, record.extra)
-        verdict = facilitator.settle(network, record.signed, asked, self.url(record.path))
+        url = self.url(record.path)
+        verdict = facilitator.settle(network, record.signed, asked, url, first)
         if network.rpc is None or verdict.outcome == "unheard":
             return verdict
         record = record._replace(transaction_id=verdict.transaction or record.transaction_id)
@@ -183,6 +184,8 @@ class Desk:
                 return Verdict("settled", found.transaction)
             if found.outcome == "never":
                 return Verdict("refused", found.transaction, "the_network_refused_it")
+            if found.outcome == "failed":
+                return Verdict("refused", found.transaction, verdict.reason or "transaction_failed")
             if verdict.outcome != "settled":
                 return verdict
             if clock.monotonic() > until:

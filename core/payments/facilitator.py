@@ -46,11 +46,21 @@ class Verdict(NamedTuple):
     reason: str = ""
 
 
+class _Verification(wire.Shape, frozen=True):
+    """Its answer to `/verify`."""
+
+    is_valid: bool
+    invalid_reason: str | None = None
+
+
 def settle(
-    network: Network, signed: dict[str, Any], requirement: dict[str, Any], resource: str
-) -> Verdict:
+    network: Network, signed: dict[str, Any], requirement: dict[str, Any], resource: str,
+    first: bool = False,
+) -> Verdict:  # fmt: skip
     """Have a payment settled. It may be asked again for the same: the network takes it once.
 
+    For the first time, and where no node will tell how it ended, it is asked before whether it
+    could be settled: what it says of a transaction that it has made in vain proves nothing.
     Never called inside a transaction.
     """
     payload = {
@@ -64,6 +74,9 @@ def settle(
         "paymentPayload": payload,
         "paymentRequirements": requirement,
     }
+    reason = _objection(network, body) if first and network.rpc is None else None
+    if reason is not None:
+        return Verdict("refused", None, reason)
     try:
         status, answer = _ask(network, "POST", "/settle", json.dumps(body), _SETTLE_SECONDS)
     except Unreached as error:
@@ -74,6 +87,19 @@ def settle(
     if verdict.outcome != "settled":
         log.warning("facilitator: %s: %s, %s", status, verdict.outcome, verdict.reason)
     return verdict
+
+
+def _objection(network: Network, body: dict[str, Any]) -> str | None:
+    """Why a payment cannot be settled, if it says so in so many words."""
+    try:
+        status, answer = _ask(network, "POST", "/verify", json.dumps(body), _ASK_SECONDS)
+        said = strict_json.decode(answer, _Verification)
+    except (Refusal, ValueError):
+        return None
+    reason = (said.invalid_reason or "")[:200]
+    if said.is_valid or status >= 500 or not _is_before_sending(network, reason):
+        return None
+    return reason
 
 
 def _verdict(network: Network, status: int, answer: bytes) -> Verdict:

@@ -100,8 +100,9 @@ def payments(section: X402Section, usd_per_credit: str) -> Payments:
 
 
 def urls_and_headers(section: X402Section) -> set[str]:
-    """What no log may show: headers, and the addresses of nodes, which have keys in their paths."""
-    found = set(section.rpc.values())
+    """What no log may show: headers, and addresses, which may have keys in their paths."""
+    urls = section.facilitator_url
+    found = set(section.rpc.values()) | ({urls} if isinstance(urls, str) else set(urls.values()))
     for value in section.facilitator_headers.values():
         found |= {value} if isinstance(value, str) else set(value.values())
     return found
@@ -115,15 +116,16 @@ def _network(section: X402Section, network: str) -> Network:
             "expected a network by its CAIP-2 name, such as eip155:8453 or"
             " solana:5eykt4UsFv8P8NJdTREpY1vzqKqZKvdp",
         )
-    _check_address(f"$.x402.pay_to.{network}", namespace, section.pay_to[network])
+    at, pay_to = f"$.x402.pay_to.{network}", section.pay_to[network]
+    _check_address(at, namespace, pay_to)
     asset, name, version = _asset(section, network, namespace)
+    if pay_to.lower() == asset.lower():
+        fail(at, "expected an address of yours: this one is the token's, where money is lost")
     url, headers = _facilitator(section, network)
     rpc = section.rpc.get(network)
     if rpc is not None:
         check_safe_url(f"$.x402.rpc.{network}", rpc, secret=True)
-    return Network(
-        network, asset, name, version, section.pay_to[network], url.rstrip("/"), headers, rpc
-    )
+    return Network(network, asset, name, version, pay_to, url.rstrip("/"), headers, rpc)
 
 
 def _asset(section: X402Section, network: str, namespace: str) -> tuple[str, str, str]:
@@ -144,25 +146,24 @@ def _asset(section: X402Section, network: str, namespace: str) -> tuple[str, str
 
 
 def _facilitator(section: X402Section, network: str) -> tuple[str, dict[str, str]]:
-    given = section.facilitator_url
+    given, headers = section.facilitator_url, section.facilitator_headers
+    at, at_headers = "$.x402.facilitator_url", "$.x402.facilitator_headers"
+    # One facilitator's credentials are none of another's business.
+    table: Any = headers
+    if isinstance(given, dict):
+        at, at_headers = f"{at}.{network}", f"{at_headers}.{network}"
+        table = headers.get(network, {})
+        if not isinstance(table, dict):
+            fail(at_headers, "expected a table: there is a facilitator for each network")
     url = given if isinstance(given, str) else given.get(network)
-    at = "$.x402.facilitator_url"
     if url is None:
-        fail(f"{at}.{network}", "required, and missing")
-    check_safe_url(at if isinstance(given, str) else f"{at}.{network}", url, secret=True)
+        fail(at, "required, and missing")
+    check_safe_url(at, url, secret=True)
     if "?" in url:
         fail(at, "expected a URL without a query")
-    headers = section.facilitator_headers
-    if isinstance(given, dict):
-        # One facilitator's credentials are none of another's business.
-        table: Any = headers.get(network, {})
-        if not isinstance(table, dict):
-            fail("$.x402.facilitator_headers", "expected a table by network, as facilitator_url is")
-    else:
-        table = headers
     found = {}
     for name, value in table.items():
-        here = f"$.x402.facilitator_headers.{name}"
+        here = f"{at_headers}.{name}"
         if not isinstance(value, str):
             fail(here, "expected one value: there is one facilitator")
         check_header(here, name, value)
@@ -171,20 +172,22 @@ def _facilitator(section: X402Section, network: str) -> tuple[str, dict[str, str
 
 
 def _check_address(at: str, namespace: str, address: str) -> None:
+    """What is no address is not told: it may be a key, taken for one."""
     if namespace == "eip155":
         if not re.fullmatch(r"0x[0-9a-fA-F]{40}", address) or int(address, 16) == 0:
-            fail(at, f"expected an address of 0x and 40 hexadecimal digits, got {address!r}")
+            fail(at, "expected an address of 0x and 40 hexadecimal digits, not all zero")
         if is_mistyped(address):
             fail(
                 at, f"the capitals of {address} do not fit (EIP-55): there is a typing error in it"
             )
     elif not re.fullmatch(rf"[{_BASE58}]{{32,44}}", address) or not _is_32_bytes(address):
-        fail(at, f"expected an address of 32 bytes in base58, got {address!r}")
+        fail(at, "expected an address of 32 bytes in base58, not all zero")
 
 
 def _is_32_bytes(text: str) -> bool:
+    """Of which some are not zero."""
     number = 0
     for character in text:
         number = number * 58 + _BASE58.index(character)
     leading = len(text) - len(text.lstrip("1"))
-    return leading + (number.bit_length() + 7) // 8 == 32
+    return number > 0 and leading + (number.bit_length() + 7) // 8 == 32

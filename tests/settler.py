@@ -25,41 +25,40 @@ SOLANA = solana_node.NETWORK
 
 
 class Settler(Server):
-    """`with Settler() as settler:`; `told` is what came to `/settle`, `asked` counts `/supported`.
+    """`with Settler() as settler:`. With `names_payer` off it does not say who pays Solana's fees.
 
-    With `names_payer` off it does not say who pays Solana's fees.
+    `told` is what came to `/settle`, and `settles` how often; `shown` counts how often a payment
+    came at all, `asked` the questions for what is supported.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.fee_payer = str(Keypair().pubkey())
         self.names_payer = True
-
-    @property
-    def told(self) -> list[Json]:
-        return [json.loads(hit.body) for hit in self.hits("/settle")]
+        self.told: list[Json] = []
+        self.shown = self.asked = 0
 
     @property
     def settles(self) -> int:
-        return len(self.hits("/settle"))
-
-    @property
-    def asked(self) -> int:
-        return len(self.hits("/supported"))
+        return len(self.told)
 
     def respond(self, exchange: Exchange) -> None:
         if exchange.hit.path.endswith("/supported"):
+            with self._lock:
+                self.asked += 1
             exchange.json(200, {"kinds": self._kinds(), "extensions": [], "signers": {}})
             return
-        asked = json.loads(exchange.hit.body)["paymentRequirements"]
-        exchange.json(
-            200,
-            {
-                "success": True,
-                "transaction": f"0x{os.urandom(32).hex()}",
-                "network": asked["network"],
-            },
-        )
+        asked: Json = json.loads(exchange.hit.body)
+        with self._lock:
+            self.shown += 1
+        if exchange.hit.path.endswith("/verify"):
+            exchange.json(200, {"isValid": True})
+            return
+        with self._lock:
+            self.told.append(asked)
+        network = asked["paymentRequirements"]["network"]
+        transaction = f"0x{os.urandom(32).hex()}"
+        exchange.json(200, {"success": True, "transaction": transaction, "network": network})
 
     def _kinds(self) -> list[Json]:
         found: list[Json] = [

@@ -7,6 +7,7 @@ import builtins
 import html
 import json
 import os
+import re
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from inprocess import Box
 from people import CONFIG, audited
 from rpc_server import need
 from screen import NARROW, WIDE, OpenScreen, look
-from server import Answer, free_port, until
+from server import ROOT, Answer, free_port, until
 from werkzeug.serving import make_server
 
 need("eth_account", "solders", "x402")
@@ -568,6 +569,37 @@ def test_programs_get_json_where_browsers_get_a_page(box: Place, bank: Bank) -> 
         answer = box.get(ECHO, Accept=accept)
         assert answer.headers["Content-Type"] == "application/json", accept
         assert answer.json()["error"] == "payment_required"
+
+
+@pytest.mark.parametrize("number", [0, 1, 2], ids=["requests", "httpx", "top-up"])
+def test_the_programs_of_the_document_pay(
+    box: Place, bank: Bank, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    text = (ROOT / "docs" / "x402.md").read_text("utf-8")
+    programs = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(programs) == 3
+    program = programs[number].replace("http://127.0.0.1:8402", box.url)
+    key = box.key(account_of(box, newcomer(box)))[0]
+    (printed,) = run_program(
+        program, EvmWallet().account.key.hex(), monkeypatch, FAREBOX_API_KEY=key
+    )
+    assert printed.startswith('200 {"success": true'), printed
+    if number == 2:
+        assert printed.strip() in program  # the document says what comes
+
+
+def test_the_offer_of_the_document_is_the_one_that_is_made(box: Place, bank: Bank) -> None:
+    text = (ROOT / "docs" / "x402.md").read_text("utf-8")
+    (curl,) = re.findall(r"^    (curl .*)$", text, re.M)
+    done = subprocess.run(
+        ["bash", "-c", curl.replace("http://127.0.0.1:8402", box.url)],
+        capture_output=True, text=True, timeout=30,
+    )  # fmt: skip
+    assert done.stdout.startswith("HTTP/1.1 402 ")
+    told = json.loads(done.stdout.partition("\n\n")[2])
+    shown = text.partition("HTTP/1.1 402")[2].partition("\n\nThe header")[0]
+    assert set(re.findall(r'"(\w+)": ', shown)) == set(re.findall(r'"(\w+)": ', json.dumps(told)))
+    assert told["accepts"][0]["amount"] == "10000" and '"amount": "10000"' in shown
 
 
 def test_a_program_for_solana_imports_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,11 @@ machines, and only when nothing else is in the way."""
 
 from __future__ import annotations
 
+import ast
+import html
 import json
 import re
+import shlex
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator
@@ -583,6 +586,24 @@ def test_somebody_at_a_browser_gets_a_page_that_says_what_to_pay(
     assert re.search(rf"\b{dollars:g}0*\b", page)
     assert all(way["payTo"] in page for way in told["accepts"])
     assert told["resource"]["url"] in page
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/api/v1/units/$(id);`id`'id'|id&id", '/api/v1/units/"+id()+"', "/api/v1/units/<b>\\"],
+)
+def test_a_page_to_paste_from_holds_a_strange_path_as_text(box: Box, path: str) -> None:
+    """A link can be made by anybody, and what it shows is at our address."""
+    page = box.request("GET", path, headers={"Accept": HTML}).body.decode()
+    assert "<b>" not in page
+    blocks = [
+        html.unescape(found) for found in re.findall(r"<pre.*?<code.*?>(.*?)</code>", page, re.S)
+    ]
+    (curl,) = [block for block in blocks if block.startswith("curl ")]
+    (program,) = [block for block in blocks if block.startswith("import ")]
+    assert BASE_URL + path in shlex.split(curl)
+    texts = [node.value for node in ast.walk(ast.parse(program)) if isinstance(node, ast.Constant)]
+    assert BASE_URL + path in texts
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,20 @@ import json
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import evm_chain
 from doubles import Upstream
 from inprocess import Box
 from payers import EvmWallet, SolanaWallet, decode
-from server import Answer
+from server import Answer, Farebox
 
+from core import ledger
 from core.payments import reconciler, records
 from core.payments.facilitator import Verdict
 from core.payments.records import Record
+from core.wallets import Wallet as Owner
+from models import Database
 
 Wallet = EvmWallet | SolanaWallet
 PRICE = 5
@@ -64,26 +67,87 @@ def _table(values: Mapping[str, str]) -> str:
     return f"{{ {pairs} }}"
 
 
+class Books(Protocol):
+    """What a seller sold, as its database has it."""
+
+    @property
+    def db(self) -> Database: ...
+
+    def payments(self, wallet: Wallet) -> list[Record]:
+        """All payments of a wallet."""
+        found = Owner.of(wallet.network.partition(":")[0], wallet.address).id
+        return records.page(self.db, None, 500, wallet=found)
+
+    def credits_of(self, wallet: Wallet) -> int | None:
+        """What the wallet's account has, all told; None when it has none. Nothing is held."""
+        found = self.db.row(
+            "SELECT a.balance, a.held FROM wallet w JOIN account a ON a.id = w.account_id"
+            " WHERE w.name = :name",
+            {"name": f"{wallet.network.partition(':')[0]}:{wallet.address}"},
+        )
+        if found is None:
+            return None
+        balance, held = found
+        assert held == 0
+        return int(balance)
+
+    def deposits(self, payment_id: str) -> int:
+        """How often a payment was entered."""
+        asked = "SELECT COUNT(*) FROM entry WHERE reference = :id"
+        found = self.db.row(asked, {"id": payment_id})
+        assert found is not None
+        return int(found[0])
+
+    def faults(self) -> list[str]:
+        """What does not add up."""
+        with self.db.snapshot() as tx:
+            return ledger.verify(tx)[1]
+
+
+class Seller(Books, Protocol):
+    """Who is paid, in this process or another."""
+
+    upstream: Upstream
+
+    def request(
+        self, method: str, path: str, /, *, body: bytes | None, headers: Mapping[str, str]
+    ) -> Answer: ...
+
+
 class Sale:
     """One payment for one request, which can be sent again and again."""
 
     def __init__(
-        self, shop: Shop, wallet: Wallet, path: str | None = None, body: bytes = b"", **change: Any
+        self,
+        shop: Seller,
+        wallet: Wallet,
+        path: str | None = None,
+        body: bytes = b"",
+        **change: Any,
     ) -> None:
         self.shop = shop
         self.path = path or f"/api/v1/far/ok/sale-{next(_numbers)}"
         self.body = body
-        self.challenge = shop.challenge(self.path, body)
-        self.header = wallet.header(self.challenge, **change)
         self.wallet = wallet
+        asked = shop.request("POST", self.path, body=body, headers={})
+        assert asked.status == 402, asked.body
+        self.challenge: dict[str, Any] = decode(asked.headers["PAYMENT-REQUIRED"])
+        self.header = wallet.header(self.challenge, **change)
 
     def send(self, path: str | None = None, **headers: str) -> Answer:
+        sent = {name.replace("_", "-"): text for name, text in headers.items()}
         return self.shop.request(
             "POST",
             path or self.path,
             body=self.body,
-            headers={"PAYMENT-SIGNATURE": self.header, **headers},
+            headers={"PAYMENT-SIGNATURE": self.header} | sent,
         )
+
+    @property
+    def signed(self) -> dict[str, Any]:
+        """What the payer has signed."""
+        found: dict[str, Any] = decode(self.header)["payload"]
+        return found
 
     @property
     def record(self) -> Record:
@@ -98,42 +162,16 @@ class Sale:
         return len(self.shop.upstream.hits(self.path.removeprefix("/api/v1/far")))
 
 
-class Shop(Box):
+class Shop(Box, Books):
     """`with Shop(folder, config, upstream) as shop:`."""
 
     def __init__(self, folder: Path, config: str, upstream: Upstream, **environment: str) -> None:
         super().__init__(folder, config, **environment)
         self.upstream = upstream
 
-    def challenge(self, path: str, body: bytes = b"") -> dict[str, Any]:
-        answer = self.request("POST", path, body=body)
-        assert answer.status == 402, answer.body
-        found: dict[str, Any] = decode(answer.headers["PAYMENT-REQUIRED"])
-        return found
-
-    def payments(self, wallet: Wallet) -> list[Record]:
-        """All payments of a wallet."""
-        name = f"{wallet.network.partition(':')[0]}:{wallet.address}"
-        return [each for each in records.page(self.instance.db, None, 500)
-                if each.wallet_name == name]  # fmt: skip
-
-    def credits_of(self, wallet: Wallet) -> int | None:
-        """What the wallet's account has, all told; None when it has none. Nothing is held."""
-        found = self.instance.db.row(
-            "SELECT a.balance, a.held FROM wallet w JOIN account a ON a.id = w.account_id"
-            " WHERE w.name = :name",
-            {"name": f"{wallet.network.partition(':')[0]}:{wallet.address}"},
-        )
-        if found is None:
-            return None
-        balance, held = found
-        assert held == 0
-        return int(balance)
-
-    def deposits(self, payment_id: str) -> int:
-        """How often a payment was entered."""
-        (found,) = self.row("SELECT COUNT(*) FROM entry WHERE reference = :id", id=payment_id)
-        return int(found)
+    @property
+    def db(self) -> Database:
+        return self.instance.db
 
     def look(self, payment_id: str) -> list[Verdict]:
         """What the reconciler finds out now of a payment; nothing of one that is decided."""
@@ -146,6 +184,24 @@ class Shop(Box):
             id=payment_id,
             ms=int(seconds * 1000),
         )
+
+
+class Stall(Books):
+    """A Farebox under gunicorn as a seller; its database is read beside it."""
+
+    def __init__(self, box: Farebox, upstream: Upstream) -> None:
+        self.box = box
+        self.upstream = upstream
+        self._db = Database(box.instance / "farebox.db")
+
+    @property
+    def db(self) -> Database:
+        return self._db
+
+    def request(
+        self, method: str, path: str, /, *, body: bytes | None, headers: Mapping[str, str]
+    ) -> Answer:
+        return self.box.request(method, path, body=body, headers=headers)
 
 
 def rich(evm: evm_chain.EvmChain, units: int = 10 * UNITS) -> EvmWallet:

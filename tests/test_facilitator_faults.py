@@ -8,6 +8,7 @@ to ask (`rpc`), the other is blind and has only the facilitator's word.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import itertools
 import json
 import re
@@ -19,15 +20,17 @@ from typing import Any
 
 import apsw
 import pytest
+from conftest import StartFarebox
 from doubles import Exchange, Server, Upstream
 from evm_chain import ANYBODY, USDC, EvmChain
 from facilitator import DROP, RESET, Asked, Facilitator, Hook, Reply
 from payers import EvmWallet, SolanaWallet, decode
 from rpc_server import RpcError, RpcServer
 from server import Answer, until
-from shop import PRICE, TOP_UP, TOP_UP_BODY, TOP_UP_UNITS, UNITS, Sale, Shop, config, rich
+from shop import PRICE, TOP_UP, TOP_UP_BODY, TOP_UP_UNITS, UNITS, Sale, Shop, Stall, config, rich
 from solana_node import SolanaNode
 from solders.signature import Signature
+from urllib3.exceptions import HTTPError
 
 import models
 from core import clock, upkeep
@@ -675,11 +678,11 @@ def test_one_transfer_does_not_pay_for_several_payments_of_its_transaction(
     has a transaction use both nonces: with the crony's for the first, with ours for the second."""
     wallet, crony = rich(evm, 2 * UNITS), EvmWallet()
     cheat, honest = Sale(shop, wallet), Sale(shop, wallet)
-    nonce = decode(cheat.header)["payload"]["authorization"]["nonce"]
+    nonce = cheat.signed["authorization"]["nonce"]
     others = wallet.authorization(
         cheat.challenge["accepts"][0], to=crony.address, nonce=nonce, value=str(UNITS)
     )
-    ours = decode(honest.header)["payload"]["authorization"]
+    ours = honest.signed["authorization"]
 
     def call(signed: dict[str, Any], signature: str) -> str:
         fields = [signed[name] for name in
@@ -712,7 +715,7 @@ def test_what_was_used_before_it_was_shown_here_paid_for_something_else(
     both within the seconds by which clocks may differ is not told apart, and counts twice."""
     shop = shops["later"]
     sale = Sale(shop, rich(later))
-    signed = decode(sale.header)["payload"]
+    signed = sale.signed
     later.submit(signed["authorization"], signed["signature"])
     now = clock.now_ms
     monkeypatch.setattr(clock, "now_ms", lambda: now() + 30_000)
@@ -1163,3 +1166,122 @@ def test_a_database_that_fails_at_any_statement_loses_no_payment_and_doubles_non
             break
     assert fail_at >= 15
     assert shop.faults() == []
+
+
+# kill -9.
+
+
+@pytest.fixture
+def stall(
+    start_farebox: StartFarebox,
+    shops: dict[str, Shop],
+    upstream: Upstream,
+) -> Iterator[Stall]:
+    toml = (shops["rpc"].folder / "farebox.toml").read_text("utf-8")
+    found = Stall(start_farebox(toml, workers=1, threads=32), upstream)
+    yield found
+    found.db.close()
+
+
+def test_kill_9_wherever_a_payment_is_loses_none_and_doubles_none(
+    stall: Stall, evm: EvmChain, solana: SolanaNode, facilitator: Facilitator, upstream: Upstream
+) -> None:
+    """A call and a top-up at each of four points: before the money moves, after it, when the
+    facilitator has answered, and when the credits are entered."""
+    points = ("before", "after", "answered", "entered")
+    sales: dict[tuple[str, str], Sale] = {}
+    for number, point in enumerate(points):
+        for purpose in ("call", "topup"):
+            wallet = rich(evm) if (number % 2 == 0) == (purpose == "call") else poor(solana)
+            path = f"/api/v1/far/gated/{point}" if purpose == "call" else TOP_UP
+            body = b"" if purpose == "call" else TOP_UP_BODY
+            sales[point, purpose] = Sale(stall, wallet, path, body)
+    point_of = {repr(sale.signed): point for (point, _), sale in sales.items()}
+    reached: list[str] = []
+    over, locked = threading.Event(), threading.Event()
+
+    def before(asked: Asked) -> Reply | None:
+        if point_of[repr(asked.payload["payload"])] != "before":
+            return None
+        reached.append("before")
+        over.wait(30)
+        return DROP
+
+    def after(asked: Asked) -> Reply | None:
+        point = point_of[repr(asked.payload["payload"])]
+        if point == "entered":
+            return None
+        reached.append(point)
+        (over if point == "after" else locked).wait(30)
+        return None
+
+    facilitator.before_settle, facilitator.after_settle = before, after
+    for sale in sales.values():
+        threading.Thread(target=lambda sale=sale: _ignored(sale.send), daemon=True).start()
+    until(lambda: len(reached) == 6, 20, "all are where they should be")
+    upstream.wait_for(1, "/gated/entered")
+    until(lambda: sales["entered", "topup"].record.status == "settled")
+    answered = sum(hit.ended == "answered" for hit in facilitator.hits("/settle"))
+    # Nobody writes from now on, so nothing that is answered now is entered.
+    with _nobody_writes(stall):
+        locked.set()
+        until(
+            lambda: (
+                sum(hit.ended == "answered" for hit in facilitator.hits("/settle")) == answered + 2
+            )
+        )
+        stall.box.kill()
+    over.set()
+    facilitator.forget()
+    assert {sale.record.status for (point, _), sale in sales.items() if point != "entered"} == {
+        "settling"
+    }
+    moved = {key: sale.wallet.network for key, sale in sales.items() if _paid(sale, evm, solana)}
+    assert set(moved) == {key for key in sales if key[0] != "before"}
+    for point in points:
+        upstream.gate(point).open()
+    stall.box.start()
+    for sale in sales.values():
+        answer = sale.send()
+        if answer.status != 200:
+            assert answer.code in ("payment_unconfirmed", "payment_in_progress"), answer.body
+            assert "PAYMENT-REQUIRED" not in answer.headers
+    settled = lambda: all(sale.record.status == "settled" for sale in sales.values())  # noqa: E731
+    until(settled, 20, "the reconciler has found out about all")
+    for (point, purpose), sale in sales.items():
+        answer = until(lambda sale=sale: _once_it_is_over(sale), 20, "it is served")
+        assert answer.status == 200, (point, purpose, answer.body)
+        assert _paid(sale, evm, solana) == sale.record.amount
+        assert stall.deposits(sale.record.id) == 1
+        again = sale.send()
+        assert (again.status, again.headers["Idempotent-Replayed"]) == (200, "true")
+        if purpose == "call":
+            assert sale.served == (2 if point == "entered" else 1)
+            assert stall.credits_of(sale.wallet) == 0
+        else:
+            assert answer.json()["creditsAdded"] == stall.credits_of(sale.wallet) == 20
+    assert stall.faults() == []
+
+
+def _ignored(work: Callable[[], object]) -> None:
+    with contextlib.suppress(HTTPError, OSError):
+        work()
+
+
+def _once_it_is_over(sale: Sale) -> Answer | None:
+    answer = sale.send()
+    return None if answer.code == "payment_in_progress" else answer
+
+
+def _paid(sale: Sale, evm: EvmChain, solana: SolanaNode) -> int:
+    if isinstance(sale.wallet, EvmWallet):
+        return 10 * UNITS - evm.balance(sale.wallet.address)
+    return 10 * UNITS - solana.tokens(sale.wallet.address)
+
+
+@contextlib.contextmanager
+def _nobody_writes(stall: Stall) -> Iterator[None]:
+    """Whoever writes to the database waits for this to end, or for their own."""
+    with (stall.box.instance / "writer.lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -169,16 +169,3 @@ def test_the_configurations_of_payments_start(tmp_path: Path) -> None:
         (tmp_path / "farebox.toml").write_text(block, "utf-8")
         settings = load(environment(tmp_path))
         assert settings.payments is not None
-
-
-def test_what_the_first_file_leaves_commented_out_starts(tmp_path: Path) -> None:
-    """Every line of the template that is a setting is one, once it is uncommented."""
-    pytest.importorskip("coincurve")
-    text = text_of(ROOT / "templates" / "farebox.toml")
-    section = text.partition("# [x402]")[2].partition("# A route says")[0]
-    lines = [line.removeprefix("# ") for line in f"# [x402]{section}".splitlines()]
-    address = "0x70997970C51812dc3A010C7d01b50e0d17dc79C8"
-    filled = "\n".join(lines).replace("0x…", address)
-    (tmp_path / "farebox.toml").write_text(f"{text}\n{filled}\n", "utf-8")
-    settings = load(environment(tmp_path))
-    assert settings.payments is not None and settings.payments.topup_credits == 100

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import evm_chain
 import solana_node
-from evm_chain import EvmChain
-from facilitator import Facilitator
+from doubles import Exchange, Server
+from evm_chain import EvmChain, Reverted
+from facilitator import Asked, Facilitator, Hook
 from payers import EvmWallet, SolanaWallet, decode, httpx_client, requests_client
 from server import Answer, Farebox
 from solana_node import SolanaNode
@@ -38,13 +40,52 @@ def x402_toml(
     return "\n".join(["[x402]", *lines, ""])
 
 
+class Submitter(Server):
+    """A facilitator that sends on what it gets, and says what came of it: in no time, where the
+    official one takes seconds to begin. `before_settle` and `calls` are as that one's."""
+
+    def __init__(self, evm: EvmChain) -> None:
+        super().__init__()
+        self._evm = evm
+        self.forget()
+
+    def forget(self) -> None:
+        self.calls: Counter[str] = Counter()
+        self.before_settle: Hook | None = None
+
+    def respond(self, exchange: Exchange) -> None:
+        verb = exchange.hit.path.rpartition("/")[2]
+        with self._lock:
+            self.calls[verb] += 1
+        if verb == "settle":
+            body: Any = json.loads(exchange.hit.body)
+            said, wanted = body["paymentPayload"], body["paymentRequirements"]
+            asked = Asked(verb, said, wanted, exchange.hit.headers, exchange.hit.body)
+            instead = self.before_settle(asked) if self.before_settle else None
+            exchange.json(200, json.loads(instead.body) if instead else self._settle(said))
+        elif verb == "verify":
+            exchange.json(200, {"isValid": True})
+        else:
+            kind = {"x402Version": 2, "scheme": "exact", "network": evm_chain.NETWORK}
+            exchange.json(200, {"kinds": [kind], "extensions": [], "signers": {}})
+
+    def _settle(self, said: dict[str, Any]) -> dict[str, Any]:
+        told = {"network": evm_chain.NETWORK, "payer": said["payload"]["authorization"]["from"]}
+        try:
+            hash_ = self._evm.submit(said["payload"]["authorization"], said["payload"]["signature"])
+        except Reverted as reverted:
+            hash_, reason = reverted.transaction, "transaction_failed"
+            return told | {"success": False, "transaction": hash_, "errorReason": reason}
+        return told | {"success": True, "transaction": hash_}
+
+
 class Market:
     """The chains, and who is paid on them. Balances are in the dollar's smallest units."""
 
     def __init__(self, evm: EvmChain, solana: SolanaNode | None, facilitator: Facilitator) -> None:
         self.evm = evm
         self._solana = solana
-        self.facilitator = facilitator
+        self._facilitator = facilitator
         self._pay_to = {evm_chain.NETWORK: EvmWallet().address}
         self._rpc = {evm_chain.NETWORK: evm.url}
         if solana is not None:
@@ -54,13 +95,25 @@ class Market:
             self._rpc[solana_node.NETWORK] = solana.url
 
     @property
+    def facilitator(self) -> Facilitator:
+        """The official one."""
+        assert isinstance(self._facilitator, Facilitator), "this market has no such facilitator"
+        return self._facilitator
+
+    @property
+    def submitter(self) -> Submitter:
+        """The quick one."""
+        assert isinstance(self._facilitator, Submitter), "this market has no such facilitator"
+        return self._facilitator
+
+    @property
     def solana(self) -> SolanaNode:
         assert self._solana is not None, "this market has no Solana"
         return self._solana
 
     def toml(self, **more: object) -> str:
         """The section [x402] for this market."""
-        return x402_toml(self.facilitator.url, self._pay_to, self._rpc, **more)
+        return x402_toml(self._facilitator.url, self._pay_to, self._rpc, **more)
 
     def wallet(self, chain: str, credits: int = 1000) -> Wallet:
         """Somebody new with money enough for so many credits, on `evm` or `solana`."""
@@ -91,13 +144,21 @@ class Market:
 
 
 @contextlib.contextmanager
-def market(solana: bool = True) -> Iterator[Market]:
-    """A market, open meanwhile."""
-    with contextlib.ExitStack() as stack:
-        evm = stack.enter_context(EvmChain())
-        node = stack.enter_context(SolanaNode()) if solana else None
-        facilitator = stack.enter_context(Facilitator(evm=evm, solana=node))
-        yield Market(evm, node, facilitator)
+def market() -> Iterator[Market]:
+    """A market of both chains with the official facilitator, open meanwhile."""
+    with (
+        EvmChain() as evm,
+        SolanaNode() as solana,
+        Facilitator(evm=evm, solana=solana) as facilitator,
+    ):
+        yield Market(evm, solana, facilitator)
+
+
+@contextlib.contextmanager
+def quick_market() -> Iterator[Market]:
+    """A market of one chain with a quick facilitator."""
+    with EvmChain() as evm, Submitter(evm) as submitter:
+        yield Market(evm, None, submitter)
 
 
 def who(wallet: Wallet) -> str:

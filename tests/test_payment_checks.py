@@ -249,6 +249,11 @@ ON_EVM: dict[str, tuple[EvmMutant, str | None]] = {
     "value beyond 256 bits": (
         lambda b: b.forge(value=str(2**256 + PRICE)), "malformed_authorization",
     ),
+    "value of 2^256": (lambda b: b.forge(value=str(2**256)), "malformed_authorization"),
+    "a beginning of 2^256": (
+        lambda b: b.forge(validAfter=str(2**256)), "malformed_authorization",
+    ),
+    "an end of 2^256": (lambda b: b.forge(validBefore=str(2**256)), "malformed_authorization"),
     # In what, where.
     "says another token": (lambda b: b.say(accepted__asset=ATTACKER.address), "wrong_asset"),
     "signed for another token": (

@@ -65,7 +65,6 @@ def read(network: Network, payload: Payload) -> Payment:
         key=":".join((network.id, network.asset.lower(), told.from_.lower(), nonce)),
         network=network,
         wallet=Wallet.of("eip155", checksummed(told.from_)),
-        pay_to=told.to.lower(),
         pays_us=told.to.lower() == network.pay_to.lower(),
         amount=int(told.value),
         valid_after=min(int(told.valid_after), _LATEST_SECOND) * 1000,

@@ -20,7 +20,6 @@ class Payment(NamedTuple):
     key: str  # what is unique about it: the network takes another with the same for a repeat
     network: Network
     wallet: Wallet
-    pay_to: str
     pays_us: bool
     amount: int  # in the token's smallest units
     valid_after: int | None  # milliseconds, where the network knows such a thing

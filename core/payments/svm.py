@@ -73,7 +73,6 @@ def read(network: Network, payload: Payload) -> Payment:
         key=f"{network.id}:{hashlib.sha256(signed_bytes).hexdigest()}",
         network=network,
         wallet=Wallet.of("solana", str(transfer.authority)),
-        pay_to=str(transfer.destination),
         pays_us=transfer.source != transfer.destination == token_account(pay_to, asset),
         amount=transfer.amount,
         valid_after=None,

@@ -673,7 +673,8 @@ def test_credits_stay_when_the_upstream_fails_and_the_same_payment_is_served_on_
     wallet = place.wallet("evm" if how in ("500", "hang", "302") else "solana")
     path, till = f"/api/v1/up/mending/{how}/x", Till(place, wallet)
     header = signed(box, wallet, path, value={})
-    failed = paid(box, path, header, value={})
+    named = {"Idempotency-Key": f"mine-{how}"} if how in ("500", "reset") else {}
+    failed = paid(box, path, header, value={}, headers=named)
     assert (failed.status, failed.code) == (status, code)
     body = failed.json()
     assert (body["refunded"], body["credited"]) == (True, 2)
@@ -685,11 +686,14 @@ def test_credits_stay_when_the_upstream_fails_and_the_same_payment_is_served_on_
     # Another request of the same price is not what it was paid for.
     other = paid(box, "/api/v1/up/ok/other", header, value={})
     assert (other.status, other.code) == (409, "payment_already_used")
-    served = paid(box, path, header, value={})
+    served = paid(box, path, header, value={}, headers=named)
     assert (served.status, served.json()) == (200, {"served": True})
     assert served.headers["X-Credits-Charged"] == "2"
     assert "Idempotent-Replayed" not in served.headers
     check_repeat(served, paid(box, path, header, value={}))
+    if named:
+        again = paid(box, path, header, value={}, headers=named)
+        assert (again.body, again.headers["Idempotent-Replayed"]) == (served.body, "true")
     assert len(upstream.hits("/mending/")) == 2
     assert (till.took(), books.credits(wallet)) == (2, 0)
     assert place.facilitator.calls["settle"] == 1
@@ -938,17 +942,18 @@ def test_a_wallet_without_money_is_told_so_and_may_try_again(
     box: Farebox, books: Books, place: Market, upstream: Upstream
 ) -> None:
     wallet, path = place.wallet("solana", credits=0), "/api/v1/up/ok/broke"
-    refused = by_requests(box, wallet, "POST", path, json={})
+    mine = {"Idempotency-Key": "broke"}  # which a refused payment does not use up
+    refused = by_requests(box, wallet, "POST", path, json={}, headers=mine)
     assert (refused.status, refused.code) == (402, "payment_invalid")
     told = decode_payment_response_header(refused.headers["PAYMENT-RESPONSE"])
     assert (told.success, told.error_reason) == (False, refused.json()["reason"])
     assert challenge_of(refused)["accepts"] == refused.json()["accepts"]
     assert place.facilitator.calls["settle"] == 1, "the client does not go on and on"
     header = signed(box, wallet, path, value={})
-    assert paid(box, path, header, value={}).code == "payment_invalid"
+    assert paid(box, path, header, value={}, headers=mine).code == "payment_invalid"
     assert [status for _, status in books.payments(wallet)] == ["refused"] * 2
     place.fill(wallet, 2)
-    assert paid(box, path, header, value={}).status == 200
+    assert paid(box, path, header, value={}, headers=mine).status == 200
     assert (place.left(wallet), books.credits(wallet)) == (0, 0)
     assert len(upstream.hits("/ok/broke")) == 1
 

@@ -62,14 +62,18 @@ class Submitter(Server):
             said, wanted = body["paymentPayload"], body["paymentRequirements"]
             asked = Asked(verb, said, wanted, exchange.hit.headers, exchange.hit.body)
             instead = self.before_settle(asked) if self.before_settle else None
-            exchange.json(200, json.loads(instead.body) if instead else self._settle(said))
+            if instead is not None and instead.how == "close":
+                exchange.close()
+            else:
+                exchange.json(200, json.loads(instead.body) if instead else self.settle(said))
         elif verb == "verify":
             exchange.json(200, {"isValid": True})
         else:
             kind = {"x402Version": 2, "scheme": "exact", "network": evm_chain.NETWORK}
             exchange.json(200, {"kinds": [kind], "extensions": [], "signers": {}})
 
-    def _settle(self, said: dict[str, Any]) -> dict[str, Any]:
+    def settle(self, said: dict[str, Any]) -> dict[str, Any]:
+        """What comes of a payment that is sent on."""
         told = {"network": evm_chain.NETWORK, "payer": said["payload"]["authorization"]["from"]}
         try:
             hash_ = self._evm.submit(said["payload"]["authorization"], said["payload"]["signature"])

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import StartFarebox
 from doubles import Exchange, Gone, Upstream, behaviour
-from facilitator import Asked, Reply
+from facilitator import DROP, Asked, Reply
 from inprocess import Background, Box
 from market import (
     TOP_UP,
@@ -228,6 +228,46 @@ def test_credits_of_a_call_that_failed_serve_it_once_however_many_try_again(
         assert len(upstream.hits(path.removeprefix("/api/v1/up"))) == 2
         assert books.credits(wallet) == 0
         assert place.submitter.calls["settle"] == number + 1
+
+
+def test_a_payment_whose_end_nobody_heard_serves_once_however_many_ask_as_it_is_found(
+    box: Farebox, books: Books, place: Market, upstream: Upstream
+) -> None:
+    wallet, path = place.wallet("evm", PRICE), "/api/v1/up/ok/unheard"
+    (header,) = sign(box, wallet, path)
+
+    def take_and_fall_silent(asked: Asked) -> Reply:
+        place.submitter.settle(asked.payload)
+        return DROP
+
+    place.submitter.before_settle = take_and_fall_silent
+    place.evm.fail("eth_getBlockByNumber", 1000)  # so the chain does not tell either
+    assert pay(box, path, header).code == "payment_unconfirmed"
+    assert place.left(wallet) == 0
+    ((payment, status),) = books.payments(wallet)
+    assert status == "unknown"
+    seen: list[Answer] = []
+
+    def ask(index: int) -> Answer:
+        if index == 0:
+            place.evm.no_more_failures()
+            box.set_up("payments", "reconcile", payment)
+        return until(lambda: _once_served(pay(box, path, header), seen), 30, "it is served")
+
+    served = at_once(20, ask)
+    served_once(served)
+    assert {answer.code for answer in seen} <= {"payment_unconfirmed", "payment_in_progress"}
+    assert len(upstream.hits("/ok/unheard")) == 1
+    assert place.submitter.calls["settle"] == 1
+    assert (books.credits(wallet), books.payments(wallet)) == (0, [(payment, "settled")])
+
+
+def _once_served(answer: Answer, others: list[Answer]) -> Answer | None:
+    if answer.status == 200:
+        return answer
+    others.append(answer)
+    assert "PAYMENT-REQUIRED" not in answer.headers
+    return None
 
 
 # One Idempotency-Key

@@ -623,6 +623,42 @@ def test_who_is_front_run_has_paid_all_the_same(
     left_open(unseen, unseen.send())
 
 
+def test_who_front_runs_themselves_with_less_has_paid_nothing(
+    shop: Shop, evm: EvmChain, facilitator: Facilitator
+) -> None:
+    """A second authorization under the same nonce, of one unit, and it is used first."""
+    wallet, crony = rich(evm, 2 * UNITS), EvmWallet()
+    for change in ({"value": "1"}, {"to": crony.address}, {"value": str(UNITS - 1)}):
+        sale = Sale(shop, wallet)
+        less = sale.signed["authorization"] | change
+
+        def front_run(asked: Asked, less: Any = less) -> None:
+            evm.submit(less, wallet.sign(less))
+
+        facilitator.before_settle = front_run
+        answer = sale.send()
+        assert (answer.status, answer.code) == (402, "payment_invalid"), change
+        assert sale.served == 0 and shop.credits_of(wallet) is None
+        facilitator.forget()
+        assert sale.send().code == "payment_invalid"
+        evm.mint(wallet.address, UNITS)
+
+
+@pytest.mark.parametrize("when", ["verify", "settle"])
+def test_a_reason_says_what_can_be_printed(
+    blind: Shop, evm: EvmChain, facilitator: Facilitator, when: str
+) -> None:
+    reason = "invalid_payload\x1b[2J\n\u202e" + "x" * 500
+    hook: Hook = lambda asked: Reply.json(  # noqa: E731
+        {"success": False, "errorReason": reason, "isValid": False, "invalidReason": reason}
+    )
+    setattr(facilitator, f"before_{when}", hook)
+    sale = Sale(blind, rich(evm, UNITS))
+    told = sale.send().json()["reason"]
+    assert told == sale.record.reason and told.startswith("invalid_payload[2Jxxx")
+    assert len(told) == 200 and told.isprintable()
+
+
 def test_an_authorization_that_was_taken_back_pays_nothing(
     shop: Shop, blind: Shop, evm: EvmChain, facilitator: Facilitator
 ) -> None:

@@ -469,6 +469,46 @@ def test_what_the_operator_says_while_it_is_looked_for_counts_once(
     assert shop.credits_of(sale.wallet) == PRICE
 
 
+def test_whoever_comes_late_says_nothing_of_a_claim_that_came_after(
+    shop: Shop, world: World
+) -> None:
+    """Refused by the operator's mistake, shown again, and while it is settled anew somebody comes
+    back who looked for it before."""
+    for late in (
+        Verdict("settled", "0xlate"),
+        Verdict("refused", None, "late"),
+        Verdict("unknown", None, "late"),
+    ):
+        sale = unknown(shop, world)
+        before = sale.record
+        refused = Verdict("refused", None, "the operator says so")
+        reconciler.overrule(shop.instance, before.id, refused, COMMAND_LINE)
+
+        def meanwhile(sale: Sale = sale, before: Record = before, late: Verdict = late) -> None:
+            world.meanwhile = None
+            assert reconciler.decide(shop.instance, before, late) is False
+            assert sale.record.status == "settling" and sale.record.id == before.id
+
+        world.meanwhile = meanwhile
+        assert sale.send().status == 200
+        assert world.meanwhile is None and sale.record.transaction_id != "0xlate"
+        assert shop.deposits(before.id) == 1 and shop.credits_of(sale.wallet) == 0
+
+
+def test_a_worker_that_was_taken_for_dead_enters_what_it_settled(shop: Shop, world: World) -> None:
+    for purpose in ((), (TOP_UP, TOP_UP_BODY)):
+        sale = Sale(shop, EvmWallet(), *purpose)
+
+        def meanwhile(sale: Sale = sale) -> None:
+            world.meanwhile = None
+            shop.run("UPDATE payment SET status = 'unknown', next_look_at = 9000000000000000"
+                     " WHERE id = :id", id=sale.record.id)  # fmt: skip
+
+        world.meanwhile = meanwhile
+        assert sale.send().status == 200
+        assert shop.deposits(sale.record.id) == 1 and sale.record.status == "settled"
+
+
 # What is known for how long.
 
 

@@ -96,7 +96,7 @@ def running(tx: Tx, tender: Tender, now: int) -> Refusal | None:
 
 def refuse(tx: Tx, record: Record, reason: str, now: int) -> bool:
     """No money moved, and will not; whether that is news."""
-    is_news = records.refuse(tx, record.id, reason, now)
+    is_news = records.refuse(tx, record, reason, now)
     let_go(tx, record)
     return is_news
 
@@ -109,7 +109,7 @@ def release(tx: Tx, record: Record) -> None:
 
 def lose_sight(tx: Tx, record: Record, transaction: str | None, reason: str, now: int) -> None:
     """Nobody knows how it ended; it is looked for."""
-    records.lose_sight(tx, record.id, transaction, reason, now)
+    records.lose_sight(tx, record, transaction, reason, now)
     let_go(tx, record)
 
 

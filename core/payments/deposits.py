@@ -17,7 +17,7 @@ def deposit(tx: Tx, record: Record, now: int) -> tuple[str, bool]:
     wallet = Wallet(record.wallet, record.wallet_name)
     account_id = record.account_id or wallets.take_in(tx, wallet, now)
     claims.let_go(tx, record)
-    if not records.settle(tx, record.id, account_id, record.transaction_id, now):
+    if not records.settle(tx, record, account_id, now):
         return account_id, False
     note = f"{record.wallet_name} on {record.network}"
     after = ledger.add_credits(tx, account_id, "topup", record.credits, record.id, note, now)

@@ -126,6 +126,8 @@ class Desk:
         finally:
             self._places.release()
         if verdict.outcome == "settled" and verdict.transaction is not None:
+            # Where no node tells, this line may be all that is left of it if the worker dies now.
+            log.info("payment %s is settled: %s", record.id, verdict.transaction)
             return verdict.transaction
         if verdict.outcome == "refused":
             now = clock.now_ms()

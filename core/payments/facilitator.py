@@ -96,7 +96,7 @@ def _objection(network: Network, body: dict[str, Any]) -> str | None:
         said = strict_json.decode(answer, _Verification)
     except (Refusal, ValueError):
         return None
-    reason = (said.invalid_reason or "")[:200]
+    reason = _printable(said.invalid_reason)
     if said.is_valid or status >= 500 or not _is_before_sending(network, reason):
         return None
     return reason
@@ -110,7 +110,7 @@ def _verdict(network: Network, status: int, answer: bytes) -> Verdict:
     except ValueError:
         return Verdict("unknown", reason=f"the facilitator's answer of status {status} is none")
     transaction = said.transaction if _TRANSACTION.fullmatch(said.transaction) else None
-    reason = (said.error_reason or "no reason given")[:200]
+    reason = _printable(said.error_reason) or "no reason given"
     if said.success:
         if not 200 <= status < 300:
             return Verdict("unknown", transaction, f"success with status {status}")
@@ -122,6 +122,11 @@ def _verdict(network: Network, status: int, answer: bytes) -> Verdict:
     if transaction is None and status < 500 and _is_before_sending(network, reason):
         return Verdict("refused", None, reason)
     return Verdict("unknown", transaction, reason)
+
+
+def _printable(reason: str | None) -> str:
+    """A reason, as logs, terminals and callers may see it."""
+    return "".join(letter for letter in reason or "" if letter.isprintable())[:200]
 
 
 def _is_before_sending(network: Network, reason: str) -> bool:

@@ -159,43 +159,59 @@ def release(tx: Tx, payment_id: str) -> None:
     tx.run("DELETE FROM payment WHERE id = :id AND status = 'settling'", {"id": payment_id})
 
 
-def refuse(tx: Tx, payment_id: str, reason: str, now: int) -> bool:
+# Whoever found something out may come late: meanwhile the payment may have been refused and claimed
+# again. Only what was not known yet of the same claim is noted.
+_STILL_OPEN = (
+    "id = :id AND status IN ('settling', 'unknown') AND (status = :was OR :was = 'settling')"
+    " AND incarnation = :incarnation AND fingerprint = :fingerprint"
+)
+
+
+def _claimed(record: Record) -> dict[str, Any]:
+    return {
+        "id": record.id, "was": record.status, "incarnation": record.incarnation,
+        "fingerprint": record.fingerprint,
+    }  # fmt: skip
+
+
+def refuse(tx: Tx, record: Record, reason: str, now: int) -> bool:
     """Note that no money moved, and will not; whether it was undecided until now."""
-    return _decide(tx, payment_id, "refused", None, None, reason, now)
+    return _decide(tx, record, "refused", None, None, reason, now)
 
 
-def settle(tx: Tx, payment_id: str, account_id: str, transaction: str | None, now: int) -> bool:
+def settle(tx: Tx, record: Record, account_id: str, now: int) -> bool:
     """Note that the money moved; whether it was undecided until now. Whoever gets True enters the
     credits, in the same transaction."""
-    return _decide(tx, payment_id, "settled", account_id, transaction, None, now)
+    return _decide(tx, record, "settled", account_id, record.transaction_id, None, now)
 
 
 def _decide(
-    tx: Tx, payment_id: str, status: str, account_id: str | None, transaction: str | None,
+    tx: Tx, record: Record, status: str, account_id: str | None, transaction: str | None,
     reason: str | None, now: int,
 ) -> bool:  # fmt: skip
     decided = tx.run(
         "UPDATE payment SET status = :status, account_id = COALESCE(:account, account_id),"
         " transaction_id = COALESCE(:transaction, transaction_id), reason = :reason, proof = NULL,"
-        " next_look_at = NULL, decided_at = :now"
-        " WHERE id = :id AND status IN ('settling', 'unknown')",
-        {
-            "id": payment_id, "status": status, "account": account_id,
-            "transaction": transaction, "reason": reason, "now": now,
+        f" next_look_at = NULL, decided_at = :now WHERE {_STILL_OPEN}",
+        _claimed(record)
+        | {
+            "status": status, "account": account_id, "transaction": transaction, "reason": reason,
+            "now": now,
         },
     )  # fmt: skip
     return decided > 0
 
 
-def lose_sight(tx: Tx, payment_id: str, transaction: str | None, reason: str, now: int) -> None:
+def lose_sight(tx: Tx, record: Record, transaction: str | None, reason: str, now: int) -> None:
     """Note that nobody knows yet how it ended, and when to look next: soon, then ever later."""
     tx.run(
         "UPDATE payment SET status = 'unknown', reason = :reason, looks = looks + 1,"
         " transaction_id = COALESCE(:transaction, transaction_id),"
         " next_look_at = :now + CASE WHEN looks < 9 THEN :first * (1 << looks) ELSE :most END"
-        " WHERE id = :id AND status IN ('settling', 'unknown')",
-        {
-            "id": payment_id, "transaction": transaction, "reason": reason, "now": now,
+        f" WHERE {_STILL_OPEN}",
+        _claimed(record)
+        | {
+            "transaction": transaction, "reason": reason, "now": now,
             "first": _FIRST_LOOK_MS, "most": _LONGEST_WAIT_MS,
         },
     )  # fmt: skip

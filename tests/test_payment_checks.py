@@ -33,9 +33,9 @@ from solana_node import (  # noqa: E402
 )
 from solders.address_lookup_table_account import AddressLookupTableAccount  # noqa: E402
 from solders.hash import Hash  # noqa: E402
-from solders.instruction import AccountMeta, Instruction  # noqa: E402
+from solders.instruction import AccountMeta, CompiledInstruction, Instruction  # noqa: E402
 from solders.keypair import Keypair  # noqa: E402
-from solders.message import to_bytes_versioned  # noqa: E402
+from solders.message import MessageV0, to_bytes_versioned  # noqa: E402
 from solders.pubkey import Pubkey  # noqa: E402
 from solders.signature import Signature  # noqa: E402
 from solders.transaction import VersionedTransaction  # noqa: E402
@@ -730,6 +730,25 @@ def by_table(bid: SolanaBid) -> Json:
     return bid.do(bid.pays(), tables=[hidden])
 
 
+def beyond(bid: SolanaBid, program: bool) -> Json:
+    """An instruction that names an account which is not there: its program, or another."""
+    message = VersionedTransaction.from_bytes(bid.transaction).message
+    assert isinstance(message, MessageV0)
+    *others, memo = message.instructions
+    wrong = (
+        CompiledInstruction(len(message.account_keys), memo.data, memo.accounts)
+        if program
+        else CompiledInstruction(
+            memo.program_id_index, memo.data, bytes([len(message.account_keys)])
+        )
+    )
+    made = MessageV0(
+        message.header, message.account_keys, message.recent_blockhash, [*others, wrong], []
+    )
+    signature = bid.wallet.keypair.sign_message(to_bytes_versioned(made))
+    return bid.raw(bytes(VersionedTransaction.populate(made, [Signature.default(), signature])))
+
+
 def with_paid_memo(bid: SolanaBid, size: int) -> Json:
     return bid.beside(bid.wallet.memo("x" * size))
 
@@ -1022,6 +1041,8 @@ ON_SOLANA: dict[str, tuple[SolanaMutant, str | None]] = {
     "a length in two bytes": (
         lambda b: b.raw(b"\x82\x00" + b.transaction[1:]), "malformed_transaction",
     ),
+    "a program that is not there": (lambda b: beyond(b, True), "malformed_transaction"),
+    "an account that is not there": (lambda b: beyond(b, False), "malformed_transaction"),
     "another version": (
         lambda b: b.raw(b.transaction.replace(b"\x80\x02", b"\x81\x02", 1)),
         "malformed_transaction",

@@ -1025,7 +1025,7 @@ ALIASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("path", [SMS, "/api/v1/up/ok/alias", "/api/v1/pages/3", CHAT])
+@pytest.mark.parametrize("path", ["/api/v1/up/ok/alias", CHAT])
 def test_no_spelling_of_a_path_and_no_method_is_served_unpaid(
     box: Farebox, books: Books, place: Market, upstream: Upstream, llm: LlmUpstream, path: str
 ) -> None:

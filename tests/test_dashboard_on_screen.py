@@ -266,7 +266,7 @@ def test_the_operator_grants_and_suspends_and_somebody_redeems_a_voucher(
 
     page = operator.sign_in(OWNER)
     operator.open("/admin")
-    page.get_by_label("E-mail or account").fill(email)
+    page.get_by_label("E-mail, wallet or account").fill(email)
     button(page, "Search")
     found = page.get_by_role("listitem").filter(
         has=page.get_by_role("link", name=email, exact=True)

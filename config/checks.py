@@ -39,9 +39,10 @@ _CONNECTION = frozenset(
 )  # fmt: skip
 # What a caller sends to us alone, and what only we say in an answer.
 _CREDENTIALS = frozenset(
-    {"authorization", "cookie", "proxy-authorization", "idempotency-key", "x-payment",
-     "payment-signature", "payment-retry", "payment-recovery", "signature", "signature-input"}
+    {"authorization", "cookie", "proxy-authorization", "idempotency-key", "signature",
+     "signature-input"}
 )  # fmt: skip
+_NOT_FORWARDED = ("payment-", "x-forwarded-", "x-payment")
 _OURS = frozenset(
     {"cache-control", "content-security-policy", "date", "idempotent-replayed",
      "referrer-policy", "server", "set-cookie", "vary", "www-authenticate",
@@ -130,7 +131,7 @@ def _check_upstream(at: str, upstream: UpstreamSection) -> None:
         if name.lower() in _CONNECTION | _OURS or name.lower().startswith(_OUR_PREFIXES):
             fail(f"{at}.return_headers[{number}]", "this header of an answer is ours to set")
     for number, name in enumerate(upstream.forward_headers):
-        if name.lower() in _CONNECTION | _CREDENTIALS or name.lower().startswith("x-forwarded-"):
+        if name.lower() in _CONNECTION | _CREDENTIALS or name.lower().startswith(_NOT_FORWARDED):
             fail(f"{at}.forward_headers[{number}]", "this header is never passed on")
 
 

@@ -231,6 +231,8 @@ REFUSED: list[tuple[str, str]] = [
     (api(forward_headers='["cookie"]'), "$.upstreams.api.forward_headers[0]"),
     (api(forward_headers='["Proxy-Authorization"]'), "$.upstreams.api.forward_headers[0]"),
     (api(forward_headers='["idempotency-key"]'), "$.upstreams.api.forward_headers[0]"),
+    (api(forward_headers='["Payment-Response"]'), "$.upstreams.api.forward_headers[0]"),
+    (api(forward_headers='["X-Payment-Response"]'), "$.upstreams.api.forward_headers[0]"),
     (api(return_headers='["X-Quota:"]'), "$.upstreams.api.return_headers[0]"),
     # Prices.
     (route(credits="-1"), "$.routes[0].credits"),

@@ -420,6 +420,24 @@ def test_doctor_says_what_is_wrong_with_a_node(
     assert ("another network" in found[1]) == (fault == "other network")
 
 
+def test_doctor_asks_a_node_of_solana_which_network_it_is_of(
+    tmp_path: Path, upstream: Upstream
+) -> None:
+    devnet = "solana:EtWTRABZaYq6iMfeYKouRu166VU2xqa1"
+    with Settler() as settler, SolanaNode() as node:
+        payee = SolanaWallet(node).address
+        text = config(
+            upstream,
+            settler.url,
+            {node.network: payee, devnet: payee},
+            {node.network: node.url, devnet: node.url},
+        )
+        with Shop(tmp_path / "shop", text, upstream) as shop:
+            found = lines(shop, "doctor", code=1)
+    assert f"ok    rpc of {node.network}: reachable" in found
+    assert f"bad   rpc of {devnet}: it is a node of another network" in found
+
+
 # Backups, and databases from before there were payments.
 
 

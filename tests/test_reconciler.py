@@ -495,6 +495,24 @@ def test_whoever_comes_late_says_nothing_of_a_claim_that_came_after(
         assert shop.deposits(before.id) == 1 and shop.credits_of(sale.wallet) == 0
 
 
+def test_whoever_buries_a_dead_worker_late_lets_the_living_be(shop: Shop, world: World) -> None:
+    sale = unknown(shop, world)
+    orphan(shop, sale.record.id)
+    stale = sale.record
+    reconciler.find_orphans(shop.instance)
+    refused = Verdict("refused", None, "the operator says so")
+    reconciler.overrule(shop.instance, stale.id, refused, COMMAND_LINE)
+
+    def meanwhile() -> None:
+        world.meanwhile = None
+        shop.write(lambda tx: claims.lose_sight(tx, stale, None, "late", clock.now_ms()))
+        assert sale.record.status == "settling"
+
+    world.meanwhile = meanwhile
+    assert sale.send().status == 200
+    assert world.meanwhile is None and shop.deposits(stale.id) == 1
+
+
 def test_a_worker_that_was_taken_for_dead_enters_what_it_settled(shop: Shop, world: World) -> None:
     for purpose in ((), (TOP_UP, TOP_UP_BODY)):
         sale = Sale(shop, EvmWallet(), *purpose)

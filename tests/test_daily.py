@@ -364,7 +364,7 @@ def test_a_cost_that_is_not_known_is_none(box: Box) -> None:
     moves=st.lists(
         st.tuples(
             moments,
-            st.sampled_from(("grant", "voucher", "adjustment", "topup", "capture")),
+            st.sampled_from(("grant", "voucher", "adjustment", "signup", "capture")),
             st.integers(-5, 5).filter(bool),
         ),
         max_size=14,

@@ -481,12 +481,32 @@ def test_without_a_node_a_transaction_made_in_vain_is_not_believed(
     refuses_to_be_asked_again(sale, facilitator, left_open(sale, sale.send()))
 
 
-@pytest.mark.parametrize("verifies", ["closes", "a page", "success as text", "no reason"])
+def invalid(reason: str | None, status: int = 200) -> Hook:
+    return lambda asked: Reply.json({"isValid": False, "invalidReason": reason}, status)
+
+
+# What `/verify` may answer that refuses nothing.
+NO_OBJECTION: dict[str, Hook] = {
+    "closes": VAGUE["closes"],
+    "a page": VAGUE["a page"],
+    "another shape": VAGUE["success as text"],
+    "a number": lambda asked: Reply.json({"isValid": 0, "invalidReason": "invalid_payload"}),
+    "no reason": invalid(None),
+    "an unknown reason": invalid("the_moon_is_full"),
+    "perhaps it was sent": invalid("invalid_exact_evm_nonce_already_used"),
+    "its own fault": invalid("invalid_payload", 500),
+    "valid for a reason": lambda asked: Reply.json(
+        {"isValid": True, "invalidReason": "invalid_payload"}
+    ),
+}
+
+
+@pytest.mark.parametrize("verifies", NO_OBJECTION)
 def test_what_is_said_before_the_settlement_is_a_refusal_or_nothing(
     blind: Shop, evm: EvmChain, facilitator: Facilitator, verifies: str
 ) -> None:
     sale = Sale(blind, rich(evm, UNITS))
-    facilitator.before_verify = VAGUE[verifies]
+    facilitator.before_verify = NO_OBJECTION[verifies]
     assert sale.send().status == 200
     is_served_once(sale, UNITS)
 

@@ -495,6 +495,23 @@ def test_whoever_comes_late_says_nothing_of_a_claim_that_came_after(
         assert shop.deposits(before.id) == 1 and shop.credits_of(sale.wallet) == 0
 
 
+def test_a_settlement_that_is_broken_off_in_its_midst_is_looked_for(
+    shop: Shop, world: World
+) -> None:
+    def break_off() -> None:
+        raise MemoryError
+
+    sale = Sale(shop, EvmWallet())
+    world.meanwhile = break_off
+    answer = sale.send()
+    assert (answer.status, answer.code) == (500, "internal_error")
+    assert (sale.record.status, sale.record.reason) == ("unknown", "it was broken off")
+    world.be_well()
+    assert sale.send().code == "payment_unconfirmed"
+    shop.look(sale.record.id)
+    assert sale.send().status == 200 and shop.deposits(sale.record.id) == 1
+
+
 def test_whoever_buries_a_dead_worker_late_lets_the_living_be(shop: Shop, world: World) -> None:
     sale = unknown(shop, world)
     orphan(shop, sale.record.id)

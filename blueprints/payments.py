@@ -12,15 +12,14 @@ from core.payments import topup, wire
 
 blueprint = Blueprint("payments", __name__)
 
-TOP_UP = "/api/v1/credits/top-up"
 _MOST_ITEMS = 100
 
 
-@blueprint.post(TOP_UP)
+@blueprint.post(examples.TOP_UP)
 def top_up() -> Response:
     """Credits for the Bearer's account or, without one, for the payer's wallet's."""
     inbound = Inbound(
-        "POST", TOP_UP, request.environ.get("QUERY_STRING", ""), headers(request.environ),
+        "POST", examples.TOP_UP, request.environ.get("QUERY_STRING", ""), headers(request.environ),
         raw_body(), request_ids(request.environ)[0],
     )  # fmt: skip
     answer, told = topup.top_up(instance(), inbound, client_address(request.environ))
@@ -36,9 +35,9 @@ def well_known() -> Response:
     return json_response(
         {
             "x402Version": wire.VERSION,
-            "resources": [item["resource"] for item in _items()],
+            "resources": list(dict.fromkeys(item["resource"] for item in _items())),
             "accepts": desk.accepts(desk.terms.topup_credits),
-            "topUp": desk.url(TOP_UP),
+            "topUp": desk.url(examples.TOP_UP),
             "discovery": desk.url("/discovery/resources"),
         }
     )
@@ -77,7 +76,10 @@ def _items() -> list[dict[str, Any]]:
     desk = instance().desk
     assert desk is not None  # whoever asks has looked
     credits = desk.terms.topup_credits
-    return [*found, _item(TOP_UP, "POST", credits, "Credits for an account", {"credits": credits})]
+    return [
+        *found,
+        _item(examples.TOP_UP, "POST", credits, "Credits for an account", {"credits": credits}),
+    ]
 
 
 def _item(path: str, method: str, credits: int, about: str, body: dict[str, Any]) -> dict[str, Any]:

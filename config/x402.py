@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from config.checks import check_header, check_safe_url, fail
-from config.eip55 import is_mistyped
+from config.eip55 import checksummed, is_mistyped
 from config.sections import AssetSection, X402Section
 
 USD_UNITS = 10**6  # USDC has six decimals
@@ -125,6 +125,8 @@ def _network(section: X402Section, network: str) -> Network:
     rpc = section.rpc.get(network)
     if rpc is not None:
         check_safe_url(f"$.x402.rpc.{network}", rpc, secret=True)
+    if namespace == "eip155":  # the official clients take no other spelling
+        asset, pay_to = checksummed(asset), checksummed(pay_to)
     return Network(network, asset, name, version, pay_to, url.rstrip("/"), headers, rpc)
 
 

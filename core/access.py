@@ -94,18 +94,21 @@ def is_stranger(headers: Mapping[str, str]) -> bool:
     return bearer(headers.get("authorization")) is None
 
 
-def by_wallet(instance: Instance, wallet: Wallet) -> Principal:
+def by_wallet(instance: Instance, wallet: Wallet, client: str, is_fresh: bool) -> Principal:
     """The principal of a payment that its wallet has signed. It spends what it pays, no more.
 
-    Raises `account_suspended`.
+    Counted under the wallet's account; but under the client's network as long as there is none,
+    because anybody can make wallets, and when the payment is not a fresh one, because those of
+    others lie on the chain for all to show. Raises `account_suspended`.
     """
     with instance.db.reading() as tx:
         owner = wallets.owner_of(tx, wallet)
     if owner is not None and owner.status != "active":
         raise account_suspended(owner.reason)
     account_id = "" if owner is None else owner.account_id
+    subject = account_id if is_fresh and account_id else f"payer:{limits.network_of(client)}"
     default = instance.settings.limits.requests_per_minute
-    return Principal("x402", account_id, None, account_id or wallet.id, default, _ALWAYS)
+    return Principal("x402", account_id, None, subject, default, _ALWAYS)
 
 
 def bearer(header: str | None) -> str | None:

@@ -61,29 +61,24 @@ def admit(
         # The payer's account may have been opened since it was looked for, by this very payment.
         owner = wallets.owner_of(tx, tender.payment.wallet)
         call = call._replace(account_id="" if owner is None else owner.account_id)
-    print_ = tender.use.print if isinstance(tender, Tender) else b""
-    if call.idempotency_key is not None and not print_:
+    shown = tender if isinstance(tender, Tender) else None
+    if shown is not None and principal.payer == "x402":
+        # The payer's account may have been opened since it was looked for, by this very payment.
+        owner = wallets.owner_of(tx, shown.payment.wallet)
+        call = call._replace(account_id="" if owner is None else owner.account_id)
+    print_ = b""
+    if shown is not None:
+        print_ = shown.use.print
+    elif call.idempotency_key is not None:
         print_ = idempotency.fingerprint(call.method, inbound.path, inbound.query, inbound.body)
-    if call.idempotency_key is not None:
-        found = idempotency.find(tx, call.account_id, call.idempotency_key, print_, now)
-        if isinstance(found, Refusal):
-            return Admission(rate, refusal=found)
-        if found is not None:
-            return Admission(rate, ledger.standing(tx, call.account_id), stored=found)
-    if isinstance(tender, Tender):
-        running = claims.running(tx, tender, now)
-        if running is not None:
-            return Admission(rate, refusal=running)
-    paid: Record | None = None  # before, for this very request
-    if isinstance(tender, Tender):
-        known = claims.known(tx, tender, now)
-        if isinstance(known, Refusal):
-            return Admission(rate, refusal=known)
-        if isinstance(known, Answered):
-            record = known.record
-            standing = ledger.standing(tx, str(record.account_id))
-            return Admission(rate, standing, stored=known.stored, payment=record)
-        paid = known
+    known = claims.known(tx, shown, call.account_id, call.idempotency_key, print_, now)
+    if isinstance(known, Refusal):
+        return Admission(rate, refusal=known)
+    if isinstance(known, Answered):
+        account_id = call.account_id if known.record is None else str(known.record.account_id)
+        standing = ledger.standing(tx, account_id)
+        return Admission(rate, standing, stored=known.stored, payment=known.record)
+    paid = known  # before, for this very request
     if principal.payer == "x402" and paid is None:
         # A payment is not a signature for the request: it opens no credits but its own.
         return _claim(tx, call, order, print_, most_calls, tender, rate)

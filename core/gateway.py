@@ -24,8 +24,8 @@ from core.idempotency import Stored
 from core.instance import Instance
 from core.ledger import NewCall, Outcome, Resolved, Standing
 from core.payments.claims import Tender
+from core.payments.till import Till
 from core.settlement import Settlement
-from core.till import Till
 from core.upstream import Reply, Unreached
 
 log = logging.getLogger("farebox.gateway")
@@ -119,6 +119,13 @@ def serve(instance: Instance, request: Request) -> Reaction:
         if till is not None:
             till.refuse(refusal, order)
         raise
+    except Exception as error:
+        if till is None or not till.was_paid:
+            raise
+        log.exception("a paid call failed (%s)", request.id)
+        why = Refusal("internal_error", "Something went wrong here.")
+        till.refuse(why, order)
+        raise why from error
     reaction.headers.update(rate_headers)
     if till is not None:
         reaction.headers.update(till.headers(reaction.status))

@@ -76,6 +76,15 @@ def in_progress() -> errors.Refusal:
     )
 
 
+def holder(tx: Tx, account_id: str, key: str) -> str | None:
+    """What the key was claimed for: a call, or a payment that is being settled."""
+    row = tx.row(
+        "SELECT call_id FROM idempotency WHERE account_id = :account AND key = :key",
+        {"account": account_id, "key": key},
+    )
+    return None if row is None else row[0]
+
+
 def claim(tx: Tx, account_id: str, key: str, print_: bytes, call_id: str, now: int) -> None:
     """Mark the key as running for this call, in the transaction that holds its credits."""
     tx.run(

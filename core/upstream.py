@@ -97,6 +97,30 @@ class Wires:
                 return wire
             wire.close()
 
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        for idle in self._idle.values():
+            while idle:
+                idle.pop().close()
+
+
+def ask(request: Outbound, limit: int) -> tuple[int, bytes]:
+    """Status and body of an answer of up to `limit` bytes; of a larger one, no body.
+
+    Over a connection of its own, which is closed after it: one that was kept may be dead, and then
+    nobody knows what was read. Raises as `Wires.send` does.
+    """
+    wires = Wires()
+    try:
+        reply = wires.send(request)
+        try:
+            body, whole = reply.read(limit)
+        finally:
+            reply.close()
+        return reply.status, body if whole else b""
+    finally:
+        wires.close()
+
 
 class _Wire:
     """One libcurl multi handle with one transfer, driven by poll(2): no limit on descriptors."""

@@ -39,6 +39,7 @@ CREATE TABLE payment (
     proof TEXT,                     -- JSON: what was signed, until it is known how it ended
     expires_at BIGINT,              -- from then on the network does not take it, where it says so
     incarnation TEXT NOT NULL,      -- the worker that settles it
+    claim BIGINT NOT NULL DEFAULT 1,   -- how often it was claimed: one that was refused can be again
     looks BIGINT NOT NULL DEFAULT 0,   -- how often it was tried to find out
     next_look_at BIGINT,
     created_at BIGINT NOT NULL,

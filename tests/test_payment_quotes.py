@@ -808,7 +808,7 @@ def test_the_well_known_file_lists_the_same(box: Box) -> None:
     assert answer.headers["Content-Type"] == "application/json"
     told = answer.json()
     assert told["x402Version"] == 2
-    assert told["resources"] == [BASE_URL + path for path, _ in PAYABLE]
+    assert told["resources"] == list(dict.fromkeys(BASE_URL + path for path, _ in PAYABLE))
     assert told["accepts"] == quote(box.post(TOP_UP))["accepts"]
     assert told["topUp"] == BASE_URL + TOP_UP
     assert told["discovery"] == f"{BASE_URL}/discovery/resources"

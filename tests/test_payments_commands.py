@@ -243,13 +243,19 @@ def test_the_operator_says_how_a_payment_ended(shop: Shop, world: World) -> None
     for sale in (settled, refused):
         assert f"payment.{sale.record.status}" in noted and sale.record.id in noted
     assert transaction in noted
-    for sale, word in ((settled, "settled"), (refused, "refused")):
-        for option in (("--settled", transaction), ("--refused",)):
-            (line,) = lines(shop, "payments", "reconcile", sale.record.id, *option, code=1)
-            assert line == f"Error: The payment is {word}."
+    for sale, option in (
+        (settled, ("--settled", transaction)), (settled, ("--refused",)), (refused, ("--refused",)),
+    ):  # fmt: skip
+        (line,) = lines(shop, "payments", "reconcile", sale.record.id, *option, code=1)
+        assert line == f"Error: The payment is {sale.record.status}."
     (line,) = lines(shop, "payments", "reconcile", "pay_none", "--refused", code=1)
     assert line == "Error: There is no payment pay_none."
     assert shop.deposits(settled.record.id) == 1
+    # That it was refused was an opinion: the network showed otherwise.
+    told = lines(shop, "payments", "reconcile", refused.record.id, "--settled", f"0x{'34' * 32}")
+    assert told == [f"{refused.record.id} settled"]
+    assert shop.deposits(refused.record.id) == 1 and shop.credits_of(refused.wallet) == PRICE
+    assert refused.send().status == 200
 
 
 HALF_WORDS: list[tuple[str, ...]] = [
@@ -519,8 +525,8 @@ WRONG = {
     "a wallet of no account": "UPDATE wallet SET account_id = 'acct_none'",
     "one key twice": "INSERT INTO payment SELECT 'pay_2', 2, key, network, asset, wallet,"
     " wallet_name, pay_to, amount, credits, purpose, method, path, fingerprint, print, account_id,"
-    " answer_key, call_id, status, reason, transaction_id, proof, expires_at, incarnation, looks,"
-    " next_look_at, created_at, decided_at FROM payment",
+    " answer_key, call_id, status, reason, transaction_id, proof, expires_at, incarnation, claim,"
+    " looks, next_look_at, created_at, decided_at FROM payment",
 }
 
 

@@ -57,7 +57,7 @@ from core.audit import SYSTEM
 
 SMS = "/api/v1/sms/send"
 TEXT = {"to": "+18148835337", "message": "hi"}
-PER_MINUTE = 40
+PER_MINUTE = 200
 
 
 @behaviour("mending")

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 from config import Network
-from core import clock, strict_json
+from core import clock, strict_json, upstream
 from core.errors import Refusal
 from core.payments import svm
 from core.payments.records import Record
-from core.upstream import Outbound, Wires
+from core.upstream import Outbound
 
 _PATIENCE_SECONDS = 10.0
 _LARGEST_ANSWER = 4 * 1024 * 1024
@@ -88,7 +88,7 @@ def _is_node_of(network: Network, url: str) -> bool:
     return int(_ask(url, "eth_chainId", []), 16) == int(name)
 
 
-def _was_shown_before(record: Record, at: int, network_now: int) -> bool:
+def _happened_since_shown(record: Record, at: int, network_now: int) -> bool:
     """Whether what happened then happened since the payment was shown here. Raises Silent when that
     cannot be told, because our clock is ahead."""
     if at >= record.created_at - _CLOCKS_MS:
@@ -118,31 +118,41 @@ def _look_on_evm(url: str, record: Record) -> Finding:
         return Finding("failed", transaction) if failed else Finding("open")
     at = _paid_on_evm(url, record, transaction) if transaction else None
     if not at:
-        topic, transaction = _search_on_evm(url, record, int(block["number"], 16), payer, nonce)
-        if topic == _AUTHORIZATION_CANCELED:
+        ended = _search_on_evm(url, record, int(block["number"], 16), call)
+        if ended is None or ended[0] == _AUTHORIZATION_CANCELED:
             return Finding("never")
+        transaction = ended[1]
         at = _paid_on_evm(url, record, transaction)
     if at is None:
         raise Silent("the node does not know a transaction that it has told of")
-    if at and _was_shown_before(record, at, _time_of(block)):
+    if at and _happened_since_shown(record, at, _time_of(block)):
         return Finding("settled", transaction)
     return Finding("never")
 
 
-def _search_on_evm(url: str, record: Record, last: int, payer: str, nonce: str) -> tuple[str, str]:
-    """What ended an authorization, and in which transaction: from that block back."""
+def _search_on_evm(
+    url: str, record: Record, last: int, is_used: dict[str, str]
+) -> tuple[str, str] | None:
+    """What ended an authorization, and in which transaction: from that block back to when it was
+    shown here. None when it had ended before that, which `is_used` asks."""
+    told = record.signed["authorization"]
     for _ in range(_MOST_SEARCHES):
         first = max(0, last - _BLOCKS_AT_ONCE + 1)
         wanted = {
             "address": record.asset,
-            "topics": [[_AUTHORIZATION_USED, _AUTHORIZATION_CANCELED], payer, nonce],
+            "topics": [
+                [_AUTHORIZATION_USED, _AUTHORIZATION_CANCELED], _topic(told["from"]), told["nonce"],
+            ],
             "fromBlock": hex(first),
             "toBlock": hex(last),
-        }
+        }  # fmt: skip
         logs = _ask(url, "eth_getLogs", [wanted])
         if logs:
             return logs[0]["topics"][0].lower(), logs[0]["transactionHash"]
-        if first == 0:
+        block = _ask(url, "eth_getBlockByNumber", [hex(first), False])
+        if first == 0 or _time_of(block) < record.created_at - _CLOCKS_MS:
+            if first and int(_ask(url, "eth_call", [is_used, hex(first)]), 16) == 1:
+                return None
             break
         last = first - 1
     raise Silent("what ended the authorization is not found")
@@ -234,7 +244,7 @@ def _ending_on_solana(url: str, record: Record, signature: str, landed: dict[str
     at = (landed["blockTime"] or 0) * 1000
     if at and at < record.created_at - _CLOCKS_MS:
         slot = _ask(url, "getSlot", [{"commitment": "confirmed"}])
-        if not _was_shown_before(record, at, _ask(url, "getBlockTime", [slot]) * 1000):
+        if not _happened_since_shown(record, at, _ask(url, "getBlockTime", [slot]) * 1000):
             return Finding("never", signature)
     return Finding("settled", signature)
 
@@ -272,18 +282,15 @@ def _ask(url: str, method: str, params: list[Any]) -> Any:
     body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, "params": params})
     headers = [("Content-Type", "application/json"), ("Accept", "application/json")]
     patience = _PATIENCE_SECONDS
+    asked = Outbound("POST", url, headers, body.encode(), patience, patience)
     try:
-        reply = Wires().send(Outbound("POST", url, headers, body.encode(), patience, patience))
-        try:
-            answer, whole = reply.read(_LARGEST_ANSWER)
-        finally:
-            reply.close()
+        status, answer = upstream.ask(asked, _LARGEST_ANSWER)
     except Refusal as error:
         raise Silent(f"{method}: {error.message}") from None
     try:
-        said = strict_json.decode(answer) if whole else None
+        said = strict_json.decode(answer)
     except ValueError:
         said = None
     if not isinstance(said, dict) or "result" not in said or said.get("error") is not None:
-        raise Silent(f"{method}: no result, status {reply.status}")
+        raise Silent(f"{method}: no result, status {status}")
     return said["result"]

@@ -24,10 +24,10 @@ class Tender(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """The payment was taken for this very request before, and this was the answer."""
+    """This very request was answered before."""
 
-    record: Record
     stored: Stored
+    record: Record | None = None  # what has paid for it, where the payment tells
 
 
 def fingerprint(print_: bytes, bearer_account: str | None) -> bytes:
@@ -35,24 +35,57 @@ def fingerprint(print_: bytes, bearer_account: str | None) -> bytes:
     return tokens.digest(print_, (bearer_account or "").encode())
 
 
-def known(tx: Tx, tender: Tender, now: int) -> Refusal | Answered | Record | None:
-    """What is known of a payment: why it does nothing now; its answer; a settled one whose credits
-    were not spent on its request, which may be tried again; or None, and it can be claimed."""
-    record = records.find(tx, tender.payment.key)
-    if record is None or record.status == "refused":
-        return None
-    if record.fingerprint != tender.use.fingerprint:
-        return already_used()
-    if record.status == "unknown":
-        return unconfirmed(record.id)
-    if record.status in UNDECIDED:
-        return in_progress()
+def known(
+    tx: Tx, tender: Tender | None, account_id: str, key: str | None, print_: bytes, now: int
+) -> Refusal | Answered | Record | None:
+    """What is known of a request by its payment or the caller's Idempotency-Key: why it gets
+    nothing now; its answer; a settled payment whose credits were not spent on it, so that it may be
+    tried again; or None, and it is new."""
+    record = None if tender is None else records.find(tx, tender.payment.key)
+    if record is not None and record.status == "refused":
+        record = None
+    if record is not None and tender is not None:
+        if record.fingerprint != tender.use.fingerprint:
+            return already_used()
+        if record.status in UNDECIDED:
+            return unconfirmed(record.id) if record.status == "unknown" else in_progress()
+    if key is not None:
+        for scope in _scopes(tx, tender, account_id):
+            found = idempotency.find(tx, scope, key, print_, now)
+            if isinstance(found, Stored):
+                return Answered(found)
+            if found is not None:
+                return _unless_unconfirmed(tx, scope, key, found)
+    return None if record is None else _settled(tx, record, print_, now)
+
+
+def _scopes(tx: Tx, tender: Tender | None, account_id: str) -> list[str]:
+    """Under whom an Idempotency-Key may be kept: the account, and the wallet as long as a payment
+    under the key is being settled, because there may be no account before."""
+    if tender is None or tender.use.account_id is not None:
+        return [account_id]
+    owner = wallets.owner_of(tx, tender.payment.wallet)
+    return [tender.payment.wallet.id, *([] if owner is None else [owner.account_id])]
+
+
+def _unless_unconfirmed(tx: Tx, scope: str, key: str, refusal: Refusal) -> Refusal:
+    """The refusal of a key that is taken; or, when a payment has it whose end nobody knows, that:
+    nobody shall pay a second time under it."""
+    if refusal.code == "idempotency_in_progress":
+        holder = records.by_id(tx, idempotency.holder(tx, scope, key))
+        if holder is not None and holder.status == "unknown":
+            return unconfirmed(holder.id)
+    return refusal
+
+
+def _settled(tx: Tx, record: Record, print_: bytes, now: int) -> Refusal | Answered | Record:
+    """What a settled payment gets that is shown again with its request."""
     assert record.account_id is not None and record.decided_at is not None  # it is settled
     if record.decided_at + idempotency.LIFE_MS <= now:
         return already_used()
-    found = idempotency.find(tx, record.account_id, record.answer_key, tender.use.print, now)
+    found = idempotency.find(tx, record.account_id, record.answer_key, print_, now)
     if isinstance(found, Stored):
-        return Answered(record, found)
+        return Answered(found, record)
     if isinstance(found, Refusal):
         return in_progress() if found.code == "idempotency_in_progress" else found
     was_spent = record.purpose == "topup" or (
@@ -75,42 +108,13 @@ def claim(tx: Tx, tender: Tender, now: int) -> Record | Refusal:
     return record
 
 
-def running(tx: Tx, tender: Tender, now: int) -> Refusal | None:
-    """Whether another payment of the same payer is being settled under the caller's
-    Idempotency-Key, or was a moment ago, when the payer's account was not there to be looked at."""
-    key = tender.use.idempotency_key
-    if key is None:
-        return None
-    scopes = [tender.use.account_id or tender.payment.wallet.id]
-    owner = wallets.owner_of(tx, tender.payment.wallet)
-    if tender.use.account_id is None and owner is not None:
-        scopes.append(owner.account_id)
-    for scope in scopes:
-        found = idempotency.find(tx, scope, key, tender.use.print, now)
-        if isinstance(found, Refusal):
-            return found
-        if found is not None:
-            return idempotency.in_progress()
-    return None
-
-
 def refuse(tx: Tx, record: Record, reason: str, now: int) -> bool:
-    """No money moved, and will not; whether that is news."""
+    """No money moved, and will not: the payment can be claimed again, and the Idempotency-Key it
+    was claimed under is free. Whether that is news."""
     is_news = records.refuse(tx, record, reason, now)
-    let_go(tx, record)
+    if is_news:
+        let_go(tx, record)
     return is_news
-
-
-def release(tx: Tx, record: Record) -> None:
-    """The payment never left this machine: it was not claimed."""
-    records.release(tx, record.id)
-    let_go(tx, record)
-
-
-def lose_sight(tx: Tx, record: Record, transaction: str | None, reason: str, now: int) -> None:
-    """Nobody knows how it ended; it is looked for."""
-    records.lose_sight(tx, record, transaction, reason, now)
-    let_go(tx, record)
 
 
 def let_go(tx: Tx, record: Record) -> None:
@@ -119,6 +123,7 @@ def let_go(tx: Tx, record: Record) -> None:
 
 
 def _scope(record: Record) -> str:
+    """Under whom the Idempotency-Key is kept until there are credits: there may be no account."""
     return record.account_id or record.wallet
 
 

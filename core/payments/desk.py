@@ -9,7 +9,7 @@ from typing import Any
 from config import Network, Settings
 from core import clock
 from core.errors import Refusal
-from core.payments import chain, claims, evm, facilitator, svm, wire
+from core.payments import chain, claims, evm, facilitator, records, svm, wire
 from core.payments.facilitator import Support, Verdict
 from core.payments.payment import MOST_UNITS, Payment, refused, requirement
 from core.payments.records import Record
@@ -23,6 +23,7 @@ _CONFIRM_SECONDS = 10.0
 _CONFIRM_EVERY_SECONDS = 0.25
 # A facilitator is asked who pays the fees at most so often, and every so often unasked.
 _ASK_AGAIN_SECONDS, _FRESH_SECONDS = 10.0, 300.0
+_FIRST_ANSWER_SECONDS = 1.0  # so long its first answer is waited for while another asks
 _READERS = {"eip155": evm.read, "solana": svm.read}
 
 
@@ -66,9 +67,10 @@ class Desk:
     def ask(self, refusal: Refusal, path: str, credits: int, about: str) -> Refusal:
         """The refusal, with what can be paid instead: in a header for machines and in the body for
         everybody. Becomes `facilitator_unavailable` when nothing else was asked and nothing can be
-        paid just now."""
+        paid just now; more than can be paid at once has no way to be paid."""
         accepts = self.accepts(credits)
-        if not accepts and refusal.code == "payment_required":
+        is_too_much = self.units(credits) > MOST_UNITS
+        if not accepts and not is_too_much and refusal.code == "payment_required":
             return _unavailable("Nothing can be paid just now.")
         told = {
             "x402Version": wire.VERSION,
@@ -99,10 +101,9 @@ class Desk:
         if network is None:
             raise refused("unknown_network", "Nothing is paid on that network here.")
         payment = _READERS[network.namespace](network, payload)
-        if network.namespace == "solana":
-            fee_payer = payment.extra["feePayer"]
-            if not self._fee_payers[network.id].knows(fee_payer):
-                raise refused("wrong_fee_payer", f"{fee_payer} does not pay fees here.")
+        fee_payers = self._fee_payers.get(network.id)
+        if fee_payers is not None and not fee_payers.knows(payment.extra["feePayer"]):
+            payment = payment._replace(is_settleable=False)
         return payment
 
     # Settling
@@ -114,7 +115,7 @@ class Desk:
         sent, `payment_unconfirmed` when nobody knows; what became of the claim is noted.
         """
         if not self._places.acquire(blocking=False):
-            self._note(lambda tx: claims.release(tx, record))
+            self._not_sent(record)
             raise Refusal(
                 "overloaded", "Too many payments are being settled.", headers={"Retry-After": "1"}
             )
@@ -138,7 +139,7 @@ class Desk:
             raise refusal
         if verdict.outcome == "unheard":
             log.warning("payment %s was not sent: %s", record.id, verdict.reason)
-            self._note(lambda tx: claims.release(tx, record))
+            self._not_sent(record)
             raise _unavailable("The payment could not be sent to be settled.")
         self._lose_sight(record, verdict)
         raise claims.unconfirmed(record.id)
@@ -194,10 +195,15 @@ class Desk:
                 return Verdict("unknown", verdict.transaction, why)
             threading.Event().wait(_CONFIRM_EVERY_SECONDS)
 
+    def _not_sent(self, record: Record) -> None:
+        """Let the claim go of a payment that never left this machine."""
+        now = clock.now_ms()
+        self._note(lambda tx: claims.refuse(tx, record, "not_sent", now))
+
     def _lose_sight(self, record: Record, verdict: Verdict) -> None:
         log.warning("payment %s is unconfirmed: %s", record.id, verdict.reason)
         transaction, reason, now = verdict.transaction, verdict.reason, clock.now_ms()
-        self._note(lambda tx: claims.lose_sight(tx, record, transaction, reason, now))
+        self._note(lambda tx: records.lose_sight(tx, record, transaction, reason, now))
 
     def _note(self, work: Callable[[Tx], object]) -> None:
         """Write something down, now or as soon as it can be."""
@@ -225,6 +231,7 @@ class _FeePayers:
         self._current: str | None = None
         self._asked_at = -math.inf
         self._asking = threading.Lock()
+        self._has_answered = False  # or failed to
 
     @property
     def is_known(self) -> bool:
@@ -244,19 +251,28 @@ class _FeePayers:
         return payer in self._known
 
     def refresh(self, after_seconds: float = _ASK_AGAIN_SECONDS) -> None:
-        """Ask, but not if somebody has asked so short a while ago."""
-        with self._asking:
-            if clock.monotonic() < self._asked_at + after_seconds:
-                return
-            self._asked_at = clock.monotonic()
-            try:
-                found: Support = facilitator.supported(self._network)
-            except Refusal as error:
-                log.warning("facilitator of %s: %s", self._network.id, error.message)
-                return
-            if found.settles and found.fee_payers:
-                self._known.update(found.fee_payers)
-                self._current = found.fee_payers[0]
+        """Ask, but not if somebody has asked so short a while ago. Whoever comes while another asks
+        goes on with what is known, so that a facilitator that hangs holds up one thread and not
+        all; only its very first answer is waited for a moment."""
+        if not self._asking.acquire(timeout=0 if self._has_answered else _FIRST_ANSWER_SECONDS):
+            return
+        try:
+            if clock.monotonic() >= self._asked_at + after_seconds:
+                self._asked_at = clock.monotonic()
+                self._ask()
+        finally:
+            self._has_answered = True
+            self._asking.release()
+
+    def _ask(self) -> None:
+        try:
+            found: Support = facilitator.supported(self._network)
+        except Refusal as error:
+            log.warning("facilitator of %s: %s", self._network.id, error.message)
+            return
+        if found.settles and found.fee_payers:
+            self._known.update(found.fee_payers)
+            self._current = found.fee_payers[0]
 
 
 def _unavailable(message: str) -> Refusal:

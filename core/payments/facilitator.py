@@ -10,10 +10,10 @@ import re
 from typing import Any, Literal, NamedTuple
 
 from config import Network
-from core import strict_json
+from core import strict_json, upstream
 from core.errors import Refusal
 from core.payments import wire
-from core.upstream import Outbound, Unreached, Wires
+from core.upstream import Outbound, Unreached
 
 log = logging.getLogger("farebox.payments")
 
@@ -109,13 +109,14 @@ def _verdict(network: Network, status: int, answer: bytes) -> Verdict:
         said = strict_json.decode(answer, wire.Settlement)
     except ValueError:
         return Verdict("unknown", reason=f"the facilitator's answer of status {status} is none")
-    transaction = said.transaction if _TRANSACTION.fullmatch(said.transaction) else None
+    called = said.transaction or ""
+    transaction = called if _TRANSACTION.fullmatch(called) else None
     reason = _printable(said.error_reason) or "no reason given"
     if said.success:
         if not 200 <= status < 300:
             return Verdict("unknown", transaction, f"success with status {status}")
         if said.network != network.id:
-            return Verdict("unknown", transaction, f"settled on {said.network[:100]!r}")
+            return Verdict("unknown", transaction, f"settled on {str(said.network)[:100]!r}")
         if transaction is None:
             return Verdict("unknown", None, "settled without a transaction")
         return Verdict("settled", transaction)
@@ -170,10 +171,6 @@ def _ask(
     if body:
         headers.append(("Content-Type", "application/json"))
     url = network.facilitator_url + path
-    # A connection of its own: one that was kept may be dead, and then nobody knows what was read.
-    reply = Wires().send(Outbound(method, url, headers, body.encode(), seconds, seconds))
-    try:
-        answer, whole = reply.read(_LARGEST_ANSWER)
-    finally:
-        reply.close()
-    return reply.status, answer if whole else b""
+    return upstream.ask(
+        Outbound(method, url, headers, body.encode(), seconds, seconds), _LARGEST_ANSWER
+    )

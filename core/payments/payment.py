@@ -28,6 +28,11 @@ class Payment(NamedTuple):
     resource: str | None  # what the client says it pays for
     signed: dict[str, Any]  # for the facilitator: only what was read
     extra: dict[str, str]  # of the requirement it meets
+    is_settleable: bool = True  # False where whoever is to pay the network's fees is nobody known
+
+    def is_over(self, now: int) -> bool:
+        """Whether the network would not take it any more, as far as the payment says."""
+        return self.valid_before is not None and self.valid_before <= now
 
 
 def requirement(network: Network, units: int, extra: dict[str, str]) -> dict[str, Any]:
@@ -69,6 +74,8 @@ def fault(payment: Payment, units: int, resource: str, now: int) -> Refusal | No
         return refused("wrong_amount", f"The price is {units} units, to the unit.")
     if payment.resource is not None and payment.resource != resource:
         return refused("wrong_resource", "The payment was made for another resource.")
+    if not payment.is_settleable:
+        return refused("wrong_fee_payer", f"{payment.extra['feePayer']} does not pay fees here.")
     if payment.valid_before is not None:
         if payment.valid_before < now + _SOON_MS:
             return refused("expired", "The payment's time is over, or all but.")

@@ -17,6 +17,7 @@ log = logging.getLogger("farebox.payments")
 AT_ONCE = 20
 # Whoever looks has it for themselves so long, in case they do not come back.
 _LEASE_MS = 3 * clock.MINUTE_MS
+_SLOW_SECONDS = 15.0
 
 
 def find_orphans(instance: Instance) -> int:
@@ -39,8 +40,14 @@ def reconcile(instance: Instance) -> None:
     find_orphans(instance)
     with instance.db.reading() as tx:
         due = records.due(tx, clock.now_ms(), AT_ONCE)
-    for payment_id in due:
+    slow: set[str] = set()  # networks that have held up this round enough
+    for payment_id, network in due:
+        if network in slow:
+            continue
+        began = clock.monotonic()
         look_for(instance, payment_id)
+        if clock.monotonic() - began > _SLOW_SECONDS:
+            slow.add(network)
 
 
 def look_for(instance: Instance, payment_id: str) -> Verdict | None:
@@ -79,9 +86,11 @@ def overrule(instance: Instance, payment_id: str, verdict: Verdict, by: Actor) -
 
 def rule(tx: Tx, payment_id: str, verdict: Verdict, now: int, by: Actor) -> None:
     """Note what the operator says became of a payment, and enter its credits if it was settled.
-    Raises `not_found`, and `conflict` for one that is decided or still on its way."""
+    Raises `not_found`, and `conflict` for one that is decided or still on its way; but that one was
+    settled which is held for refused can be said."""
     record = records.get(tx, payment_id)
-    if record.status != "unknown":
+    may_be = ("unknown", "refused") if verdict.outcome == "settled" else ("unknown",)
+    if record.status not in may_be:
         raise Refusal("conflict", f"The payment is {record.status}.")
     account_id = record.account_id
     if verdict.outcome == "settled":
@@ -116,5 +125,5 @@ def decide(instance: Instance, record: Record, verdict: Verdict) -> bool:
 def _lose_sight(instance: Instance, record: Record, verdict: Verdict, now: int) -> None:
     transaction, reason = verdict.transaction, verdict.reason
     instance.db.write(
-        lambda tx: claims.lose_sight(tx, record, transaction, reason, now), durable=True
+        lambda tx: records.lose_sight(tx, record, transaction, reason, now), durable=True
     )

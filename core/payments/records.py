@@ -18,7 +18,8 @@ _FIRST_LOOK_MS, _LONGEST_WAIT_MS = 2_000, 10 * clock.MINUTE_MS
 _COLUMNS = (
     "id, number, key, network, asset, wallet, wallet_name, pay_to, amount, credits, purpose,"
     " method, path, fingerprint, print, account_id, answer_key, call_id, status, reason,"
-    " transaction_id, proof, expires_at, incarnation, looks, next_look_at, created_at, decided_at"
+    " transaction_id, proof, expires_at, incarnation, claim, looks, next_look_at, created_at,"
+    " decided_at"
 )
 
 
@@ -49,6 +50,7 @@ class Record(NamedTuple):
     proof: str | None
     expires_at: int | None
     incarnation: str
+    claim: int
     looks: int
     next_look_at: int | None
     created_at: int
@@ -57,7 +59,16 @@ class Record(NamedTuple):
     def told(self) -> dict[str, Any]:
         """What the operator is told: all but what was signed, by which it could be made again."""
         times = ("expires_at", "next_look_at", "created_at", "decided_at")
-        hidden = ("number", "key", "fingerprint", "print", "proof", "answer_key", "wallet_name")
+        hidden = (
+            "number",
+            "key",
+            "fingerprint",
+            "print",
+            "proof",
+            "answer_key",
+            "wallet_name",
+            "claim",
+        )
         found = {name: value for name, value in self._asdict().items() if name not in hidden}
         found |= {name: clock.rfc3339_or_none(found[name]) for name in times}
         return found | {"wallet": self.wallet_name}
@@ -89,8 +100,8 @@ class Use(NamedTuple):
 
 
 def claim(tx: Tx, payment: Payment, use: Use, incarnation: str, now: int) -> Record | None:
-    """Claim a payment for one request, for good unless it is released or refused; None when it is
-    claimed already. It must be on the disk before the payment leaves this machine.
+    """Claim a payment for one request, for good unless it is refused; None when it is claimed
+    already. It must be on the disk before the payment leaves this machine.
 
     One that was refused is claimed anew as it is now: a payer may have signed another amount or
     another time under the same number. It stays known since when, because what the network took
@@ -109,7 +120,8 @@ def claim(tx: Tx, payment: Payment, use: Use, incarnation: str, now: int) -> Rec
         " purpose = :purpose, method = :method, path = :path, fingerprint = :fingerprint,"
         " print = :print, account_id = :account,"
         " answer_key = :answer_key, call_id = NULL, status = 'settling', reason = NULL,"
-        " transaction_id = NULL, proof = :proof, incarnation = :incarnation, looks = 0,"
+        " transaction_id = NULL, proof = :proof, incarnation = :incarnation,"
+        " claim = payment.claim + 1, looks = 0,"
         " next_look_at = NULL, decided_at = NULL"
         " WHERE payment.status = 'refused'"
         f" RETURNING {_COLUMNS}",
@@ -129,8 +141,7 @@ def claim(tx: Tx, payment: Payment, use: Use, incarnation: str, now: int) -> Rec
             "fingerprint": use.fingerprint,
             "print": use.print,
             "account": use.account_id,
-            # A space, which no caller's key has, keeps the two kinds apart.
-            "answer_key": use.idempotency_key or f"payment {made}",
+            "answer_key": use.idempotency_key or own_key(made),
             "proof": json.dumps({"signed": payment.signed, "extra": payment.extra}),
             "expires": payment.valid_before,
             "incarnation": incarnation,
@@ -140,38 +151,35 @@ def claim(tx: Tx, payment: Payment, use: Use, incarnation: str, now: int) -> Rec
     return None if row is None else Record(*row)
 
 
+def own_key(payment_id: str) -> str:
+    """The key under which a payment's answer is kept when the caller has named none, with a space,
+    which no caller's has."""
+    return f"payment {payment_id}"
+
+
 def find(tx: Tx, key: str) -> Record | None:
     """What is known of a payment."""
     row = tx.row(f"SELECT {_COLUMNS} FROM payment WHERE key = :key", {"key": key})
     return None if row is None else Record(*row)
 
 
+def by_id(tx: Tx, payment_id: str | None) -> Record | None:
+    """The payment of that id, if there is one."""
+    row = tx.row(f"SELECT {_COLUMNS} FROM payment WHERE id = :id", {"id": payment_id})
+    return None if row is None else Record(*row)
+
+
 def get(tx: Tx, payment_id: str) -> Record:
     """A payment by its id. Raises `not_found`."""
-    row = tx.row(f"SELECT {_COLUMNS} FROM payment WHERE id = :id", {"id": payment_id})
-    if row is None:
+    found = by_id(tx, payment_id)
+    if found is None:
         raise errors.Refusal("not_found", f"There is no payment {payment_id}.")
-    return Record(*row)
-
-
-def release(tx: Tx, payment_id: str) -> None:
-    """Forget a claim whose payment never left this machine."""
-    tx.run("DELETE FROM payment WHERE id = :id AND status = 'settling'", {"id": payment_id})
+    return found
 
 
 # Whoever found something out may come late: meanwhile the payment may have been refused and claimed
 # again. Only what was not known yet of the same claim is noted.
-_STILL_OPEN = (
-    "id = :id AND status IN ('settling', 'unknown') AND (status = :was OR :was = 'settling')"
-    " AND incarnation = :incarnation AND fingerprint = :fingerprint"
-)
-
-
-def _claimed(record: Record) -> dict[str, Any]:
-    return {
-        "id": record.id, "was": record.status, "incarnation": record.incarnation,
-        "fingerprint": record.fingerprint,
-    }  # fmt: skip
+_OF_CLAIM = "id = :id AND claim = :claim"
 
 
 def refuse(tx: Tx, record: Record, reason: str, now: int) -> bool:
@@ -180,8 +188,8 @@ def refuse(tx: Tx, record: Record, reason: str, now: int) -> bool:
 
 
 def settle(tx: Tx, record: Record, account_id: str, now: int) -> bool:
-    """Note that the money moved; whether it was undecided until now. Whoever gets True enters the
-    credits, in the same transaction."""
+    """Note that the money moved; whether that is news. Whoever gets True enters the credits, in the
+    same transaction. That it was settled is a fact, and stands over what was said before."""
     return _decide(tx, record, "settled", account_id, record.transaction_id, None, now)
 
 
@@ -189,14 +197,14 @@ def _decide(
     tx: Tx, record: Record, status: str, account_id: str | None, transaction: str | None,
     reason: str | None, now: int,
 ) -> bool:  # fmt: skip
+    before = _IS_UNDECIDED if status == "refused" else "status <> 'settled'"
     decided = tx.run(
         "UPDATE payment SET status = :status, account_id = COALESCE(:account, account_id),"
         " transaction_id = COALESCE(:transaction, transaction_id), reason = :reason, proof = NULL,"
-        f" next_look_at = NULL, decided_at = :now WHERE {_STILL_OPEN}",
-        _claimed(record)
-        | {
-            "status": status, "account": account_id, "transaction": transaction, "reason": reason,
-            "now": now,
+        f" next_look_at = NULL, decided_at = :now WHERE {_OF_CLAIM} AND {before}",
+        {
+            "id": record.id, "claim": record.claim, "status": status, "account": account_id,
+            "transaction": transaction, "reason": reason, "now": now,
         },
     )  # fmt: skip
     return decided > 0
@@ -208,9 +216,9 @@ def lose_sight(tx: Tx, record: Record, transaction: str | None, reason: str, now
         "UPDATE payment SET status = 'unknown', reason = :reason, looks = looks + 1,"
         " transaction_id = COALESCE(:transaction, transaction_id),"
         " next_look_at = :now + CASE WHEN looks < 9 THEN :first * (1 << looks) ELSE :most END"
-        f" WHERE {_STILL_OPEN}",
-        _claimed(record)
-        | {
+        f" WHERE {_OF_CLAIM} AND {_IS_UNDECIDED} AND (status = :was OR status = 'settling')",
+        {
+            "id": record.id, "claim": record.claim, "was": record.status,
             "transaction": transaction, "reason": reason, "now": now,
             "first": _FIRST_LOOK_MS, "most": _LONGEST_WAIT_MS,
         },
@@ -227,14 +235,14 @@ def settling(tx: Tx) -> list[Record]:
     ]
 
 
-def due(tx: Tx, now: int, limit: int) -> list[str]:
-    """The payments whose end is unknown and is to be looked for now."""
+def due(tx: Tx, now: int, limit: int) -> list[tuple[str, str]]:
+    """The payments whose end is unknown and is to be looked for now, each with its network."""
     rows = tx.rows(
-        f"SELECT id FROM payment WHERE {_IS_UNDECIDED} AND status = 'unknown'"
+        f"SELECT id, network FROM payment WHERE {_IS_UNDECIDED} AND status = 'unknown'"
         " AND next_look_at <= :now ORDER BY next_look_at LIMIT :limit",
         {"now": now, "limit": limit},
     )
-    return [row[0] for row in rows]
+    return [(row[0], row[1]) for row in rows]
 
 
 def make_due(tx: Tx, payment_id: str | None, now: int) -> list[str]:
@@ -260,8 +268,9 @@ def take(tx: Tx, payment_id: str, now: int, until: int) -> Record | None:
     return None if row is None else Record(*row)
 
 
-def use(tx: Tx, payment_id: str, call_id: str, answer_key: str) -> None:
-    """Note the call that is made on a settled payment's credits, and where its answer will be."""
+def use(tx: Tx, payment_id: str, call_id: str | None, answer_key: str) -> None:
+    """Note the call that is made on a settled payment's credits, if any, and under which key its
+    answer will be."""
     tx.run(
         "UPDATE payment SET call_id = :call, answer_key = :key WHERE id = :id",
         {"id": payment_id, "call": call_id, "key": answer_key},
@@ -270,9 +279,8 @@ def use(tx: Tx, payment_id: str, call_id: str, answer_key: str) -> None:
 
 def by_ids(tx: Tx, ids: Iterable[str]) -> dict[str, Record]:
     """Those of these payments that there are, by id."""
-    query = f"SELECT {_COLUMNS} FROM payment WHERE id = :id"
-    rows = (tx.row(query, {"id": payment_id}) for payment_id in ids)
-    return {row[0]: Record(*row) for row in rows if row is not None}
+    found = (by_id(tx, payment_id) for payment_id in ids)
+    return {record.id: record for record in found if record is not None}
 
 
 def unconfirmed(tx: Tx) -> int:

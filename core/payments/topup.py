@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from core import clock, errors, idempotency, limits, strict_json
+from core import clock, errors, idempotency, keys, limits, strict_json
 from core.access import Principal
 from core.adapters import Inbound, Order
 from core.errors import Refusal
@@ -14,7 +14,7 @@ from core.limits import Rate
 from core.payments import claims, deposits
 from core.payments.claims import Answered, Tender
 from core.payments.records import Record
-from core.till import Till, payment_required
+from core.payments.till import Till, payment_required
 from models import Tx
 
 
@@ -97,22 +97,19 @@ def _admit(
         rate = limits.spend_rate(tx, principal.rate_subject, principal.rate_limit, now)
         if rate.exceeded:
             return _Admission(rate, refusal=rate.refusal())
+    if principal.key is not None:
+        keys.note_use(tx, principal.key, now)
     if isinstance(order, Refusal):
         return _Admission(rate, refusal=order)
-    if key is not None:
-        print_ = idempotency.fingerprint(inbound.method, inbound.path, inbound.query, inbound.body)
-        found = idempotency.find(tx, principal.account_id, key, print_, now)
-        if isinstance(found, Refusal):
-            return _Admission(rate, refusal=found)
-        if found is not None:
-            return _Admission(rate, stored=found)
-    if not isinstance(tender, Tender):
-        return _Admission(rate, refusal=tender or payment_required())
-    known = claims.running(tx, tender, now) or claims.known(tx, tender, now)
+    shown = tender if isinstance(tender, Tender) else None
+    print_ = idempotency.fingerprint(inbound.method, inbound.path, inbound.query, inbound.body)
+    known = claims.known(tx, shown, principal.account_id, key, print_, now)
     if isinstance(known, Answered):
         return _Admission(rate, stored=known.stored, payment=known.record)
     if isinstance(known, Refusal):
         return _Admission(rate, refusal=known)
+    if not isinstance(tender, Tender):
+        return _Admission(rate, refusal=tender or payment_required())
     claimed = claims.claim(tx, tender, now)
     if isinstance(claimed, Refusal):
         return _Admission(rate, refusal=claimed)

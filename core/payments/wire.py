@@ -55,8 +55,8 @@ class Settlement(Shape, frozen=True):
     """A facilitator's answer to `/settle`."""
 
     success: bool
-    transaction: str = ""
-    network: str = ""
+    transaction: str | None = None
+    network: str | None = None
     error_reason: str | None = None
     payer: str | None = None
 

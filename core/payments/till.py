@@ -1,5 +1,6 @@
 """What a payment adds to a paid call: before its hold a deposit, around it the words of x402."""
 
+import logging
 from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeVar
@@ -18,6 +19,8 @@ from models import Tx
 
 if TYPE_CHECKING:
     from core.payments.desk import Desk
+
+log = logging.getLogger("farebox.payments")
 
 T = TypeVar("T")
 
@@ -72,8 +75,8 @@ class Till:
             self._count_quote()
             ordered = order()
             raise ordered if isinstance(ordered, Refusal) else self._ask(payment, ordered)
-        self._check_client()
-        found = access.by_wallet(self._instance, payment.wallet)
+        is_fresh = payment.pays_us and not payment.is_over(clock.now_ms())
+        found = access.by_wallet(self._instance, payment.wallet, self._client, is_fresh)
         if not found.account_id:  # so far it is a signature, which costs nothing
             self._count_quote()
         return found
@@ -85,12 +88,12 @@ class Till:
             if rate.exceeded:
                 raise rate.refusal()
 
-    def _check_client(self) -> None:
-        """Raises `rate_limited` for somebody whose payments come to nothing again and again."""
+    def _comes_to_nothing(self) -> Refusal | None:
+        """The refusal of somebody whose payments come to nothing again and again, whatever
+        credential they have beside."""
         most, now = self._most_refused, clock.now_ms()
         rate = limits.look_at_rate(self._instance.db, self._subject("payment"), most, now)
-        if rate.exceeded:
-            raise rate.refusal()
+        return rate.refusal() if rate.exceeded else None
 
     def _count(self, what: str, most: int) -> Rate:
         subject, now = self._subject(what), clock.now_ms()
@@ -108,10 +111,13 @@ class Till:
     def tender(
         self, principal: Principal, order: Order | Refusal, idempotency_key: str | None
     ) -> Tender | Refusal | None:
-        """The payment and what it is to pay for; what is wrong with it; or None."""
+        """The payment and what it is to pay for; why it is not taken; or None."""
         payment, inbound, desk = self.payment, self._inbound, self._desk
         if payment is None or isinstance(payment, Refusal):
             return payment
+        refusal = self._comes_to_nothing()
+        if refusal is not None:
+            return refusal
         account = None if principal.payer == "x402" else principal.account_id
         print_ = idempotency.fingerprint(inbound.method, inbound.path, inbound.query, inbound.body)
         return Tender(
@@ -149,6 +155,7 @@ class Till:
             done = self._instance.db.write(lambda tx: then(tx, paid, now), durable=True)
         except Exception as error:
             # The money has moved, so the credits will be entered.
+            log.exception("payment %s, %s, is entered later", record.id, paid.transaction_id)
             self._instance.unsettled.append(lambda tx: deposits.deposit(tx, paid, now))
             raise claims.unconfirmed(record.id) from error
         self.paid_by(paid)
@@ -168,6 +175,10 @@ class Till:
         if status >= 400:  # an upstream's refusal, which is passed on and costs nothing
             found["X-Credits-Credited"] = str(self._paid.credits)
         return found
+
+    @property
+    def was_paid(self) -> bool:
+        return self._paid is not None
 
     def refuse(self, refusal: Refusal, order: Order | Refusal) -> None:
         """Say with a refusal what can be paid, or what has become of what was."""

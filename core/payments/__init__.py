@@ -5,9 +5,13 @@ A payment becomes credits, and credits pay the call: there is no second place wh
     wire.py         the three headers, and what a facilitator says
     evm.py, svm.py  what a payer has signed, on Ethereum's networks and on Solana's
     payment.py      a payment, and what must be right about it
-    records.py      the claim on a payment, and how it ended
+    records.py      the row of a payment: claimed, and how it ended
+    claims.py       one payment, one request: what it gets that is shown, for the first time or again
     facilitator.py  settling, by somebody who pays the network's fees
     chain.py        what really happened, read from the network
-    desk.py         all of it for one process: quote, read, settle, deposit
+    desk.py         for one process: what is asked for, what is shown, what became of it
+    deposits.py     a settled payment becomes credits, once
+    till.py         what a payment adds to one request
+    topup.py        credits bought on the spot
     reconciler.py   what became of payments nobody heard the end of
 """

@@ -22,14 +22,14 @@ run: .venv/installed ## install, set up and serve in the foreground
 	@if $(HAS_X402); then $(MAKE) --no-print-directory .venv/x402-installed; fi
 	@exec $(BIN)/gunicorn -c gunicorn.conf.py
 
-# A file's tests share instances, so it stays in one of the two processes.
-IN_TWO := -n 2 --dist loadfile --no-loadscope-reorder
+# A file's tests share instances, so it stays in one process. Tests wait as much as they work.
+AT_ONCE := -n 3 --dist loadfile --no-loadscope-reorder
 
 # Hundreds of processes are started: they share what Python has compiled.
 test torture: export PYTHONDONTWRITEBYTECODE :=
 
 test: .venv/dev-installed $(NPM) $(LLAMA) $(PAYERS) ## every test that can run here
-	@$(BIN)/python -m pytest $(IN_TWO)
+	@$(BIN)/python -m pytest $(AT_ONCE)
 
 check: .venv/dev-installed ## format, lint, types, as CI does
 	@$(BIN)/ruff format --check .

@@ -22,10 +22,11 @@ from server import Farebox  # noqa: E402
 
 StartFarebox = Callable[..., Farebox]
 
-# They begin first: a file stays in one process, and one that began last would keep the other idle.
+# They begin first: a file stays in one process, and one that began last would keep the others idle.
 LONGEST = [
     "test_dashboard_on_screen.py", "test_ledger.py", "test_pages_basics.py", "test_llm_pages.py",
-    "test_first_run.py", "test_faults.py", "test_crash.py",
+    "test_first_run.py", "test_faults.py", "test_crash.py", "test_payments_pages.py",
+    "test_facilitator_faults.py", "test_payment_races.py",
 ]  # fmt: skip
 
 
@@ -73,6 +74,15 @@ def every_instance_stays_sound() -> Iterator[None]:
     yield
     for box in Farebox.running:
         box.check()
+
+
+# What is imported here and there raises the limit for all (py_ecc, to 100,000), and JSON that is
+# nested too deeply then ends the process and not the request.
+_RECURSION_LIMIT = sys.getrecursionlimit()
+
+
+def pytest_runtest_setup() -> None:
+    sys.setrecursionlimit(_RECURSION_LIMIT)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

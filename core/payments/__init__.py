@@ -6,7 +6,7 @@ A payment becomes credits, and credits pay the call: there is no second place wh
     evm.py, svm.py  what a payer has signed, on Ethereum's networks and on Solana's
     payment.py      a payment, and what must be right about it
     records.py      the row of a payment: claimed, and how it ended
-    claims.py       one payment, one request: what it gets that is shown, for the first time or again
+    claims.py       one payment, one request: what a payment gets that is shown, or shown again
     facilitator.py  settling, by somebody who pays the network's fees
     chain.py        what really happened, read from the network
     desk.py         for one process: what is asked for, what is shown, what became of it

@@ -57,10 +57,6 @@ def admit(
         keys.note_use(tx, principal.key, now)
     if isinstance(order, Refusal):
         return Admission(rate, refusal=order)
-    if principal.payer == "x402" and isinstance(tender, Tender):
-        # The payer's account may have been opened since it was looked for, by this very payment.
-        owner = wallets.owner_of(tx, tender.payment.wallet)
-        call = call._replace(account_id="" if owner is None else owner.account_id)
     shown = tender if isinstance(tender, Tender) else None
     if shown is not None and principal.payer == "x402":
         # The payer's account may have been opened since it was looked for, by this very payment.

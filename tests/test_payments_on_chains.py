@@ -631,6 +631,8 @@ def test_an_idempotency_key_takes_one_payment(
     assert second.body == first.body
     assert second.headers["Idempotent-Replayed"] == "true"
     assert "PAYMENT-RESPONSE" not in second.headers, "the second payment was not taken"
+    again = paid(box, path, headers[0], value=value, headers=mine)
+    assert again.headers["PAYMENT-RESPONSE"] == first.headers["PAYMENT-RESPONSE"]
     assert till.took() == 2
     assert len(upstream.hits("/ok/keyed")) == 1
     other = paid(box, path, headers[1], value={"n": 2}, headers=mine)

@@ -44,19 +44,22 @@ def known(
     record = None if tender is None else records.find(tx, tender.payment.key)
     if record is not None and record.status == "refused":
         record = None
-    if record is not None and tender is not None:
-        if record.fingerprint != tender.use.fingerprint:
-            return already_used()
-        if record.status in UNDECIDED:
-            return unconfirmed(record.id) if record.status == "unknown" else in_progress()
+    is_its = (
+        tender is not None and record is not None and (record.fingerprint == tender.use.fingerprint)
+    )
+    if record is not None and is_its and record.status in UNDECIDED:
+        return unconfirmed(record.id) if record.status == "unknown" else in_progress()
     if key is not None:
         for scope in _scopes(tx, tender, account_id):
             found = idempotency.find(tx, scope, key, print_, now)
             if isinstance(found, Stored):
-                return Answered(found)
+                has_paid = record is not None and is_its and record.answer_key == key
+                return Answered(found, record if has_paid else None)
             if found is not None:
                 return _unless_unconfirmed(tx, scope, key, found)
-    return None if record is None else _settled(tx, record, print_, now)
+    if record is None:
+        return None
+    return _settled(tx, record, print_, now) if is_its else already_used()
 
 
 def _scopes(tx: Tx, tender: Tender | None, account_id: str) -> list[str]:

@@ -31,7 +31,7 @@ test torture: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/dev-installed $(NPM) $(LLAMA) $(PAYERS) ## every test that can run here
 	@$(BIN)/python -m pytest $(AT_ONCE)
 
-check: .venv/dev-installed ## format, lint, types, as CI does
+check: .venv/dev-installed .venv/x402-installed ## format, lint, types, as CI does
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy

@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,7 +254,8 @@ def by_httpx(
             got = await client.request(method, box.url + path, **sent)
             return Answer(got.status_code, HTTPHeaderDict(got.headers.multi_items()), got.content)
 
-    return asyncio.run(send())
+    with ThreadPoolExecutor(1) as aside:  # a browser kept open here has a loop running
+        return aside.submit(lambda: asyncio.run(send())).result(60)
 
 
 CLIENTS = {"requests": by_requests, "httpx": by_httpx}

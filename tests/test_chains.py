@@ -6,6 +6,7 @@ import asyncio
 import base64
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import evm_chain
@@ -483,7 +484,8 @@ def with_httpx(url: str, *wallets: EvmWallet | SolanaWallet) -> int:
         async with httpx_client(*wallets) as session:
             return (await session.post(url, json={})).status_code
 
-    return asyncio.run(pay())
+    with ThreadPoolExecutor(1) as aside:  # a browser kept open here has a loop running
+        return aside.submit(lambda: asyncio.run(pay())).result(60)
 
 
 @pytest.mark.parametrize("pay", [with_requests, with_httpx])

@@ -143,7 +143,7 @@ def test_a_clean_clone_installs_itself(tmp_path: Path, started: list[Run]) -> No
     begun = time.monotonic()
     run = Run(clone, tmp_path / "instance")
     started.append(run)
-    until(run.answers, 180, f"an answer; it said {run.text()}")
+    until(run.answers, 90, f"an answer; it said {run.text()}")
     assert time.monotonic() - begun < 90
     assert "setup?token=" in run.text()
     assert not (clone / "instance" / "farebox.db").exists()

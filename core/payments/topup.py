@@ -101,8 +101,9 @@ def _admit(
         keys.note_use(tx, principal.key, now)
     if isinstance(order, Refusal):
         return _Admission(rate, refusal=order)
-    shown = tender if isinstance(tender, Tender) else None
-    print_ = idempotency.fingerprint(inbound.method, inbound.path, inbound.query, inbound.body)
+    shown, print_ = (tender, tender.use.print) if isinstance(tender, Tender) else (None, b"")
+    if shown is None and key is not None:
+        print_ = idempotency.fingerprint(inbound.method, inbound.path, inbound.query, inbound.body)
     known = claims.known(tx, shown, principal.account_id, key, print_, now)
     if isinstance(known, Answered):
         return _Admission(rate, stored=known.stored, payment=known.record)

@@ -341,12 +341,15 @@ class Server:
         number = next(self._numbers)
         try:
             for exchange in self._requests(sock, number):
+                how = "answered"
                 try:
                     self.respond(exchange)
-                    self._end(exchange.hit, "answered")
                 except Gone:
-                    self._end(exchange.hit, "gone")
-                    return
+                    how, exchange.keep = "gone", False
+                # Whoever waits for the exchange's end may rely on the connection's, where it has one.
+                if not exchange.keep:
+                    sock.close()
+                self._end(exchange.hit, how)
                 if not exchange.keep:
                     return
         except (OSError, Gone):

@@ -671,7 +671,7 @@ def test_who_leaves_pays_for_what_was_delivered_and_no_more(box: LlmBox, llm: Ll
     pieces = [HELLO[0], *(event(said(word)) for word in words), DONE]
     name = llm.stage(Play([pieces[0], *(p for piece in pieces[1:] for p in (Wait("k"), piece))]))
     llm.gate("k").open()
-    paid = []
+    paid = []  # in no order: how much was delivered to who left is between the two bounds below
     for reads in itertools.count():
         payer = box.payer(GRANTED)
         with box.opened(payer, chat(stream=True, play=name)) as (answer, body):
@@ -688,7 +688,6 @@ def test_who_leaves_pays_for_what_was_delivered_and_no_more(box: LlmBox, llm: Ll
         assert record["status"] == ("captured" if record["captured"] else "voided")
         paid.append(record["captured"])
     assert record["captured"] == estimate(len("".join(words)))
-    assert paid == sorted(paid)
     assert (paid[0], paid[-1] > 2 * RATES.request) == (0, True)
 
 

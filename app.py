@@ -31,6 +31,7 @@ from blueprints import (
     session_tokens,
     usage,
     visitors,
+    wallets,
 )  # fmt: skip
 from blueprints import (
     settings as settings_pages,
@@ -62,9 +63,9 @@ def create_app(settings: Settings | None = None) -> Flask:
 
     app.before_request(_check_host)
     app.before_request(_preflight)
-    for module in (credits, llm_models, keys, members, session_tokens, payments, audit, health,
-                   docs, auth, oidc, dashboard, billing, usage, settings_pages, admin_accounts,
-                   admin_keys, admin_vouchers, admin_payments, admin_prices,
+    for module in (credits, llm_models, keys, members, session_tokens, payments, wallets, audit,
+                   health, docs, auth, oidc, dashboard, billing, usage, settings_pages,
+                   admin_accounts, admin_keys, admin_vouchers, admin_payments, admin_prices,
                    admin_health):  # fmt: skip
         app.register_blueprint(module.blueprint)
     visitors.register(app)

@@ -8,13 +8,22 @@ import msgspec
 from flask import Response, request
 
 from blueprints.bodies import read_body
-from blueprints.rendering import client_address, headers, instance, json_response
+from blueprints.rendering import (
+    client_address,
+    headers,
+    instance,
+    json_response,
+    raw_path,
+    request_ids,
+)
 from core import access, clock, errors, strict_json
 from core.access import Principal
+from core.adapters import Inbound
 from core.audit import Actor
 from core.errors import Refusal
 from core.session_tokens import Bearer
 from core.sessions import Seat
+from core.signed import requests as signed_requests
 from models import Tx
 
 T = TypeVar("T")
@@ -27,12 +36,20 @@ _LARGEST_BODY = 64 * 1024
 
 def reader(manages: bool = False) -> Principal:
     """Who is asking; its rate-limit headers go on the answer. Only a session token `manages`."""
-    principal, rate = access.read(
-        instance(), headers(request.environ), client_address(request.environ), manages
-    )
+    principal, rate = access.read(instance(), inbound(), client_address(request.environ), manages)
     if rate is not None:
         request.environ["farebox.rate_headers"] = rate.headers()
     return principal
+
+
+def inbound() -> Inbound:
+    """The request as it was sent; with its body, which is read for nobody else, if it is signed."""
+    environ = request.environ
+    found = headers(environ)
+    return Inbound(
+        request.method, raw_path(environ), environ.get("QUERY_STRING", ""), found,
+        raw_body() if signed_requests.is_signed(found) else b"", request_ids(environ)[0],
+    )  # fmt: skip
 
 
 def manager() -> Principal:
@@ -65,7 +82,10 @@ def managing(shape: type[B]) -> tuple[Principal, B]:
 
 def raw_body() -> bytes:
     """The request's body. Raises `body_too_large`, `unsupported_media_type`."""
-    raw = read_body(request.environ, _LARGEST_BODY)
+    known: bytes | None = request.environ.get("farebox.body")
+    if known is not None:  # it can be read once
+        return known
+    raw = request.environ["farebox.body"] = read_body(request.environ, _LARGEST_BODY)
     if request.headers.get("Content-Encoding", "identity").strip().lower() != "identity":
         raise Refusal("unsupported_media_type", "A body with a Content-Encoding is not accepted.")
     if raw and request.mimetype not in ("", "application/json"):

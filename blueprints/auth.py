@@ -11,18 +11,23 @@ from blueprints.visitors import (
     CHOICE,
     check_csrf,
     local_path,
+    origin,
     sign_in,
     sign_out,
+    take_seat,
     throttle,
     visitor,
     with_password,
 )
-from core import clock, links, mail, members, passwords, users
+from blueprints.wallets import with_message
+from core import clock, links, mail, members, passwords, sessions, tokens, users
 from core.audit import Actor
 from core.errors import Refusal
 from core.limits import network_of
 from core.links import Link
+from core.sessions import Session
 from core.users import User
+from core.wallets import Wallet
 from models import Tx
 
 # What a form does with its e-mail and the hash of its password; the person it makes or changes.
@@ -117,6 +122,28 @@ def reset() -> BaseResponse:
         return users.get(tx, user.id)
 
     return _submitted("reset", work, token, user.email or user.id)
+
+
+@blueprint.post("/login/wallet")
+def wallet_login() -> BaseResponse:
+    """Sign in with a message that a wallet has signed."""
+    secret, form = tokens.new_secret(), request.form
+
+    def started(tx: Tx, wallet: Wallet, user: User, now: int) -> tuple[User, Session]:
+        how = origin(f"wallet:{wallet.id}")
+        return user, sessions.start(tx, user.id, how, now, secret)
+
+    try:
+        user, made = with_message(form.get("message", ""), form.get("signature", ""), started)
+    except Refusal as refusal:
+        if refusal.kind.status >= 500:
+            raise
+        wish = local_path(form.get("next"), "")
+        answer = _login_page(refusal.kind.status, wish, problem=refusal.message)
+        answer.headers.update(refusal.all_headers())
+        return answer
+    take_seat(user, made, secret)
+    return redirect(local_path(form.get("next")), 303)
 
 
 @blueprint.route("/forgot", methods=["GET", "POST"])

@@ -35,7 +35,7 @@ def account() -> Response:
             "held": standing.held,
             "account": principal.account_id,
             "privyUserId": privy_id,
-            "wallets": [wallet.name for wallet in linked],
+            "wallets": [found.wallet.name for found in linked],
             "usd_value": instance().worth(standing.available),
         }
     )
@@ -48,10 +48,12 @@ def account_in_short() -> Response:
     made = None if principal.key is None else principal.key.created_at
     with instance().db.reading() as tx:
         last_topup = ledger.last_topup_at(tx, principal.account_id)
-        linked = wallets.of_account(tx, principal.account_id)
+        mine = [found.wallet for found in wallets.of_account(tx, principal.account_id)]
+    if principal.wallet is not None:  # whoever signs is told of the wallet that did
+        mine = [wallet for wallet in mine if wallet.id == principal.wallet.id]
     return json_response(
         {
-            "wallet": linked[0].address if linked else None,
+            "wallet": mine[0].address if mine else None,
             "credits_remaining": standing.available,
             "usdc_value": float(instance().worth(standing.available)),
             "last_topup_at": clock.rfc3339_or_none(last_topup),

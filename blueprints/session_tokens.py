@@ -4,14 +4,18 @@ import msgspec
 from flask import Blueprint, Response, request
 from flask_login import current_user
 
-from blueprints.api import manager, parsed, raw_body
+from blueprints.api import inbound, manager, parsed, raw_body
 from blueprints.rendering import client_address, instance, json_response
 from blueprints.visitors import check_csrf, origin
+from blueprints.wallets import with_message
 from core import access, clock, errors, session_tokens, sessions
 from core.audit import Actor
 from core.errors import Refusal
 from core.session_tokens import Bearer
 from core.sessions import Session
+from core.signed import requests as signed_requests
+from core.users import User
+from core.wallets import Wallet
 from models import Tx
 
 blueprint = Blueprint("session_tokens", __name__)
@@ -19,24 +23,31 @@ blueprint = Blueprint("session_tokens", __name__)
 
 class _Wish(msgspec.Struct, forbid_unknown_fields=True):
     account: str | None = None
+    message: str | None = None  # that a wallet has signed, in place of a credential
+    signature: str | None = None
 
 
 @blueprint.post("/api/v1/session-tokens")
 def mint() -> Response:
-    """A fresh token of the same session, for the account that is named, or the same as before."""
+    """A fresh token: of the same session, or of a new one for whose wallet has signed a message;
+    for the account that is named, or the same as before, or their own."""
     raw = raw_body()
-    if "Authorization" in request.headers:
+    if "Authorization" in request.headers or signed_requests.is_signed(inbound().headers):
         bearer = manager().bearer
         assert bearer is not None  # `manager` let nobody else in
-        wish, account_id = parsed(raw, _Wish), bearer.account_id
+        wish, account_id = _wish(raw), bearer.account_id
         session = _session_of(bearer)
+    elif (signed := _signed_wish(raw)) is not None:
+        wish = signed
+        user, session = with_message(signed.message or "", signed.signature or "", _signed_in)
+        account_id = user.account_id
     elif current_user.is_authenticated:
         check_csrf()
-        wish, account_id = parsed(raw, _Wish), current_user.user.account_id
+        wish, account_id = _wish(raw), current_user.user.account_id
         session = current_user.session
         access.count_reading(instance(), current_user.user)
     else:
-        raise Refusal("missing_api_key", "Sign in, or send a session token.")
+        raise Refusal("missing_api_key", "Sign in, or send a session token or a signed message.")
     found = instance()
     issued = session_tokens.mint(
         found.db, found.signing_keys, found.settings.public_url, session,
@@ -63,6 +74,32 @@ def jwks() -> Response:
     response = json_response({"keys": instance().signing_keys.public(clock.now_ms())})
     response.headers["Cache-Control"] = "public, max-age=300"
     return response
+
+
+def _wish(raw: bytes) -> _Wish:
+    """What is wanted by whoever has a credential already. Raises `validation_error`."""
+    wish = parsed(raw, _Wish)
+    if wish.message is not None or wish.signature is not None:
+        raise errors.invalid_body("Send a credential or a signed message, not both.", "message")
+    return wish
+
+
+def _signed_wish(raw: bytes) -> _Wish | None:
+    """What is wanted by whoever has signed a message; None when nobody has."""
+    try:
+        wish = parsed(raw, _Wish)
+    except Refusal:
+        return None  # to be said only to who has a credential
+    if wish.message is None and wish.signature is None:
+        return None
+    if wish.message is None or wish.signature is None:
+        missing = "message" if wish.message is None else "signature"
+        raise errors.invalid_body("A message and its signature go together.", missing)
+    return wish
+
+
+def _signed_in(tx: Tx, wallet: Wallet, user: User, now: int) -> tuple[User, Session]:
+    return user, sessions.start(tx, user.id, origin(f"wallet:{wallet.id}"), now)
 
 
 def _session_of(bearer: Bearer) -> Session:

@@ -5,6 +5,7 @@ from flask_login import login_required
 from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints import inviting
+from blueprints import wallets as wallet_links
 from blueprints.api import require_owner
 from blueprints.inviting import Invitation
 from blueprints.pages import act, before, field, required, seat, show, whole
@@ -155,6 +156,34 @@ def _terms() -> Terms:
     return Terms(
         field("role") or "member", limit, field("credit_period") if limit is not None else None
     )
+
+
+# Wallets
+
+
+@blueprint.post("/wallets")
+@login_required
+def link_wallet() -> BaseResponse:
+    """Link the wallet that has signed a message."""
+    try:
+        work = wallet_links.linking(*map(request.form.get, ("message", "signature"), ("", "")))
+        found, is_new = act(work)
+    except Refusal as refusal:
+        return _home(refusal)
+    name = found.wallet.short
+    flash(f"Linked {name}." if is_new else f"{name} was linked already.")
+    return redirect("/dashboard/settings", 303)
+
+
+@blueprint.post("/wallets/unlink")
+@login_required
+def unlink_wallet() -> BaseResponse:
+    try:
+        act(wallet_links.unlinking(request.form.get("wallet", ""), visitor().session.id))
+    except Refusal as refusal:
+        return _home(refusal)
+    flash("Unlinked. It signs nothing here any more.")
+    return redirect("/dashboard/settings", 303)
 
 
 # Sign-ins

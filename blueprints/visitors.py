@@ -84,9 +84,7 @@ def sign_in(user: User, method: str, password_hash: str | None = None) -> bool:
     def work(tx: Tx) -> Session | None:
         # Asked again here: checking takes a while, and what ends all sign-ins ends this one too.
         current = users.get(tx, user.id)
-        if current.status != "active":
-            told = f"You are not let in: this user is {current.status}."
-            raise Refusal("account_suspended", told, fields={"reason": current.status_reason})
+        users.require_active(current)
         if password_hash is not None:
             found = users.password_of(tx, current.email or "")
             if found is None or found[1] != password_hash:
@@ -96,9 +94,14 @@ def sign_in(user: User, method: str, password_hash: str | None = None) -> bool:
     started = instance().db.write(work, durable=True)
     if started is None:
         return False
+    take_seat(user, started, secret)
+    return True
+
+
+def take_seat(user: User, started: Session, secret: str) -> None:
+    """This browser's session is from now on the one that was just started with that secret."""
     sign_out()
     login_user(Visitor(user, started, secret))
-    return True
 
 
 def with_password(email: str, password: str) -> tuple[User, str | None] | None:

@@ -5,7 +5,7 @@ import re
 
 def checksummed(address: str) -> str:
     """An address as people write it."""
-    from Crypto.Hash import keccak  # only instances that take payments have it
+    from Crypto.Hash import keccak  # not loaded where no wallet is
 
     plain = address[2:].lower()
     digest = keccak.new(digest_bits=256, data=plain.encode()).hexdigest()

@@ -5,6 +5,7 @@ from decimal import Decimal
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+from config import base58
 from config.checks import check_header, check_safe_url, fail
 from config.eip55 import checksummed, is_mistyped
 from config.sections import AssetSection, X402Section
@@ -34,8 +35,7 @@ _USDC = {
     ),
 }  # fmt: skip
 # What requirements-x402.txt installs; only an instance that takes payments has them.
-_PACKAGES = ("coincurve", "Crypto", "solders")
-_BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+_PACKAGES = ("solders",)
 
 
 class Network(NamedTuple):
@@ -182,14 +182,5 @@ def _check_address(at: str, namespace: str, address: str) -> None:
             fail(
                 at, f"the capitals of {address} do not fit (EIP-55): there is a typing error in it"
             )
-    elif not re.fullmatch(rf"[{_BASE58}]{{32,44}}", address) or not _is_32_bytes(address):
+    elif not any(base58.decode(address, 32) or b""):
         fail(at, "expected an address of 32 bytes in base58, not all zero")
-
-
-def _is_32_bytes(text: str) -> bool:
-    """Of which some are not zero."""
-    number = 0
-    for character in text:
-        number = number * 58 + _BASE58.index(character)
-    leading = len(text) - len(text.lstrip("1"))
-    return number > 0 and leading + (number.bit_length() + 7) // 8 == 32

@@ -23,6 +23,7 @@ from core import (
     tokens,
     wallets,
 )
+from core.adapters import Inbound
 from core.audit import Actor
 from core.catalog import Route
 from core.instance import Instance
@@ -32,8 +33,11 @@ from core.ledger import OPERATOR_ACCOUNT, Guard, account_suspended
 from core.limits import CreditLimit, Rate
 from core.session_tokens import Bearer
 from core.sessions import Seat
+from core.signed import nonces
+from core.signed import requests as signed_requests
+from core.signed.nonces import Nonce
 from core.users import User
-from core.wallets import Wallet
+from core.wallets import Owner, Wallet
 from models import Tx
 
 LONGEST_CREDENTIAL = 8192
@@ -44,7 +48,7 @@ _VISIBLE = re.compile(r"[\x20-\x2b\x2d-\x7e]*")  # no comma: two headers arrive 
 class Principal(NamedTuple):
     """Whoever a credential stands for, and the terms under which it may spend."""
 
-    payer: str  # `api_key`, `session`, `x402` or `operator`
+    payer: str  # `api_key`, `session`, `wallet`, `x402` or `operator`
     account_id: str  # nothing for a wallet that has not paid yet
     user_id: str | None
     rate_subject: str
@@ -55,6 +59,8 @@ class Principal(NamedTuple):
     scopes: list[str] | None = None
     limit: CreditLimit | None = None  # the key's
     member_limit: CreditLimit | None = None  # the person's, over all their keys and tokens
+    wallet: Wallet | None = None  # that has signed the request
+    nonce: Nonce | None = None  # of a signed request, used up by whoever serves it
 
     @property
     def key_id(self) -> str | None:
@@ -66,12 +72,14 @@ class Principal(NamedTuple):
         return self.payer != "operator"
 
 
-def identify(instance: Instance, headers: Mapping[str, str], client: str) -> Principal:
-    """The principal of a request, by its headers (lower-case names) and the client's address.
+def identify(instance: Instance, inbound: Inbound, client: str) -> Principal:
+    """The principal of a request that came from that address.
 
     Raises `validation_error` for a malformed credential, then 401, then 403 for a suspended one.
     """
-    token = bearer(headers.get("authorization"))
+    token = bearer(inbound.headers.get("authorization"))
+    if token is None and signed_requests.is_signed(inbound.headers):
+        return _by_signature(instance, inbound)
     if token is None:
         raise errors.Refusal(
             "missing_api_key", "Send your API key as `Authorization: Bearer <key>`."
@@ -91,7 +99,7 @@ def is_stranger(headers: Mapping[str, str]) -> bool:
 
     Raises as `bearer` does: a Bearer that is bad never falls through to another way to pay.
     """
-    return bearer(headers.get("authorization")) is None
+    return bearer(headers.get("authorization")) is None and not signed_requests.is_signed(headers)
 
 
 def by_wallet(instance: Instance, wallet: Wallet, client: str, is_fresh: bool) -> Principal:
@@ -103,8 +111,8 @@ def by_wallet(instance: Instance, wallet: Wallet, client: str, is_fresh: bool) -
     """
     with instance.db.reading() as tx:
         owner = wallets.owner_of(tx, wallet)
-    if owner is not None and owner.status != "active":
-        raise account_suspended(owner.reason)
+    if owner is not None:
+        _require_active_owner(owner)
     account_id = "" if owner is None else owner.account_id
     subject = account_id if is_fresh and account_id else f"payer:{limits.network_of(client)}"
     default = instance.settings.limits.requests_per_minute
@@ -162,6 +170,45 @@ def _by_key(instance: Instance, token: str, client: str) -> Principal:
             key.account_id, key.user_id, key.member_limit, key.member_period
         ),
     )
+
+
+def _by_signature(instance: Instance, inbound: Inbound) -> Principal:
+    """The principal of a request that its wallet has signed. Who signs learns whether the wallet is
+    known here; nobody else does."""
+    now = clock.now_ms()
+    signed = signed_requests.read(inbound, instance.settings.public_url, now)
+    with instance.db.reading() as tx:
+        owner = wallets.owner_of(tx, signed.wallet)
+        is_used = nonces.is_used(tx, signed.nonce)
+    if owner is None:
+        raise errors.invalid_signature("This wallet is not known here. Sign in with it first.")
+    if is_used:
+        raise _nonce_used()
+    _require_active_owner(owner)
+    return Principal(
+        "wallet",
+        owner.account_id,
+        owner.user_id,
+        owner.account_id,
+        instance.settings.limits.requests_per_minute,
+        wallets.still_signs(signed.wallet, owner.account_id),
+        member_limit=members.credit_limit(
+            owner.account_id, owner.user_id, owner.credit_limit, owner.credit_period
+        )
+        wallet=signed.wallet,
+        nonce=signed.nonce,
+    )
+
+
+def _nonce_used() -> errors.Refusal:
+    return errors.invalid_signature("This signature was used before. Sign each request anew.")
+
+
+def _require_active_owner(owner: Owner) -> None:
+    """Raises `account_suspended`, for the account or for the person whose it is."""
+    for status, reason in ((owner.status, owner.reason), (owner.user_status, owner.user_reason)):
+        if status not in (None, "active"):
+            raise account_suspended(reason)
 
 
 def _by_session_token(instance: Instance, token: str, client: str) -> Principal:
@@ -241,7 +288,7 @@ def _missing_scope(required: str) -> errors.Refusal:
 
 
 def read(
-    instance: Instance, headers: Mapping[str, str], client: str, manages: bool = False
+    instance: Instance, inbound: Inbound, client: str, manages: bool = False
 ) -> tuple[Principal, Rate | None]:
     """The principal of a free request, counted in a minute of its own beside the paid calls'.
 
@@ -249,7 +296,7 @@ def read(
     is bounded too. Raises as `identify` does, `session_required` for whoever is no person when the
     request `manages` something, and `rate_limited`.
     """
-    principal = identify(instance, headers, client)
+    principal = identify(instance, inbound, client)
     if manages and principal.bearer is None:
         raise errors.Refusal("session_required", "This takes a session token.")
     if principal.rate_limit is None:
@@ -257,29 +304,42 @@ def read(
     subject = principal.rate_subject
     if principal.bearer is not None:  # one person's loop leaves the others their say
         subject = members.limit_subject(principal.account_id, principal.bearer.user_id)
-    return principal, _count(instance, subject, principal.rate_limit, principal.key)
+    return principal, _count(instance, subject, principal)
 
 
-def count_reading(instance: Instance, user: User) -> Rate:
+def count_reading(instance: Instance, user: User) -> None:
     """As `read`, for somebody whose sign-in cookie says who they are. Raises `rate_limited`."""
     subject = members.limit_subject(user.account_id, user.id)
-    return _count(instance, subject, instance.settings.limits.requests_per_minute, None)
+    limit = instance.settings.limits.requests_per_minute
+    _count(instance, subject, Principal("session", user.account_id, user.id, "", limit, _ALWAYS))
 
 
-def _count(instance: Instance, subject: str, limit: int, key: Key | None) -> Rate:
+def _count(instance: Instance, subject: str, principal: Principal) -> Rate | None:
     now = clock.now_ms()
-
-    def work(tx: Tx) -> Rate:
-        if key is not None:
-            keys.note_use(tx, key, now)
-        return limits.spend_rate(tx, f"read:{subject}", limit, now)
-
-    rate = instance.db.write(work)
-    if rate.exceeded:
-        refusal = rate.refusal()
-        refusal.headers.update(rate.headers())
+    rate, refusal = instance.db.write(lambda tx: arrive(tx, principal, f"read:{subject}", now))
+    if refusal is not None:
+        refusal.headers.update({} if rate is None else rate.headers())
         raise refusal
     return rate
+
+
+def arrive(
+    tx: Tx, principal: Principal, subject: str, now: int
+) -> tuple[Rate | None, errors.Refusal | None]:
+    """Count an attempt under that subject, and use up what may be used once: the state of the rate,
+    and why the attempt goes no further. That is returned, so that the attempt stays counted.
+
+    A nonce is used up in the transaction that decides about its request. It need not be on the disk
+    by then: what it pays for is captured in a later transaction that is.
+    """
+    if principal.nonce is not None and not nonces.use(tx, principal.nonce):
+        return None, _nonce_used()
+    rate = None
+    if principal.rate_limit is not None:
+        rate = limits.spend_rate(tx, subject, principal.rate_limit, now)
+    if principal.key is not None:
+        keys.note_use(tx, principal.key, now)
+    return rate, rate.refusal() if rate is not None and rate.exceeded else None
 
 
 def reassert(tx: Tx, principal: Principal) -> Bearer:

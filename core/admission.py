@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from core import idempotency, keys, ledger, limits, wallets
+from core import access, idempotency, ledger, limits, wallets
 from core.access import Principal
 from core.adapters import Inbound, Order
 from core.errors import Refusal
@@ -48,13 +48,9 @@ def admit(
     A refusal is returned and not raised, so that the attempt stays counted.
     """
     now = call.created_at
-    rate = None
-    if principal.rate_limit is not None:
-        rate = limits.spend_rate(tx, principal.rate_subject, principal.rate_limit, now)
-        if rate.exceeded:
-            return Admission(rate, refusal=rate.refusal())
-    if principal.key is not None:
-        keys.note_use(tx, principal.key, now)
+    rate, too_many = access.arrive(tx, principal, principal.rate_subject, now)
+    if too_many is not None:
+        return Admission(rate, refusal=too_many)
     if isinstance(order, Refusal):
         return Admission(rate, refusal=order)
     shown = tender if isinstance(tender, Tender) else None

@@ -28,12 +28,13 @@ KINDS: dict[str, Kind] = {
     "missing_api_key": Kind(401, _AUTH, False, "No credential was sent. Add `Authorization: Bearer <your key>`."),
     "invalid_api_key": Kind(401, _AUTH, False, "The key is unknown, mistyped, revoked or expired; the answer is the same for all of them on purpose."),
     "invalid_token": Kind(401, _AUTH, False, "The session token is bad, expired, signed out or revoked."),
+    "invalid_signature": Kind(401, _AUTH, False, "The wallet's signature, of a request or of a message to sign in, does not fit, is too old, was used before, or is of a wallet nobody has linked. The message says which; sign anew."),
     "insufficient_credits": Kind(402, _PAYMENT, False, "The account has fewer credits available than the call would set aside: see `credits` and `required`. Nothing was charged and nothing was sent upstream."),
     "payment_required": Kind(402, _PAYMENT, False, "The call can be paid on the spot: `accepts` says what, in which token, on which networks. Sign one of them and send the request again with `PAYMENT-SIGNATURE`; or use an API key. Nothing was charged."),
     "payment_invalid": Kind(402, _PAYMENT, False, "The payment was refused, and no money moved: `reason` says why, `accepts` what would be taken."),
     "key_suspended": Kind(403, _PERMISSION, False, "The key is suspended; `reason` says why. Its owner or the operator can resume it."),
     "account_suspended": Kind(403, _PERMISSION, False, "The account is suspended; `reason` says why. Ask the operator."),
-    "session_required": Kind(403, _PERMISSION, False, "An API key can spend and read its own calls; managing the account takes a session token."),
+    "session_required": Kind(403, _PERMISSION, False, "An API key or a signed request can spend and read; managing the account takes a session token."),
     "signup_closed": Kind(403, _PERMISSION, False, "This instance does not know you, and does not take in new people by itself. Ask the operator, or an account's owner for an invitation."),
     "csrf_failed": Kind(403, _PERMISSION, False, "The form did not come from a page of this instance in this browser, or is too old. Load the page again."),
     "forbidden": Kind(403, _PERMISSION, False, "The change is not yours to make: it takes an owner of the account or, where the operator suspended something, the operator."),
@@ -48,6 +49,7 @@ KINDS: dict[str, Kind] = {
     "idempotency_replay_unavailable": Kind(409, _REQUEST, False, "The first call with this Idempotency-Key succeeded and was charged, but its answer was too large, or cut, and so was not kept. This repeat was not charged."),
     "payment_in_progress": Kind(409, _PAYMENT, True, "A request with this very payment is being served. Try again after `Retry-After` seconds with the same payment."),
     "payment_already_used": Kind(409, _PAYMENT, False, "This payment was spent on another request, or its answer is not kept any more. Nothing was charged now."),
+    "wallet_linked": Kind(409, _REQUEST, False, "The wallet belongs to another account. Sign in with it, and unlink it there first."),
     "conflict": Kind(409, _REQUEST, False, "The change contradicts the present state."),
     "idempotency_key_reused": Kind(422, _REQUEST, False, "This Idempotency-Key was used with another request. Use a new key for a new request."),
     "rate_limited": Kind(429, _RATE, True, "Too many requests in this minute, or too many calls at once. Try again after `Retry-After` seconds."),
@@ -118,6 +120,10 @@ def invalid_api_key() -> Refusal:
 def invalid_token() -> Refusal:
     """One answer for every way a session token can be wrong."""
     return Refusal("invalid_token", "This session token is not valid.")
+
+
+def invalid_signature(message: str) -> Refusal:
+    return Refusal("invalid_signature", message)
 
 
 def not_found() -> Refusal:

@@ -86,7 +86,7 @@ def serve(instance: Instance, request: Request) -> Reaction:
         till = Till(instance, instance.desk, inbound, request.client, "call", least, about)
         principal = till.principal(lambda: _order(route, adapter, inbound))
     else:
-        principal = access.identify(instance, request.headers, request.client)
+        principal = access.identify(instance, inbound, request.client)
     access.authorize(principal, route)
     order = _too_soon(instance, principal, inbound) or _order(route, adapter, inbound)
     if isinstance(order, Order) and order.model is not None:
@@ -112,7 +112,7 @@ def serve(instance: Instance, request: Request) -> Reaction:
                 instance, route, adapter, principal, call, order, inbound, request.caller
             ).travel()
         else:
-            access.identify(instance, request.headers, request.client)  # raises what it is now
+            access.identify(instance, inbound, request.client)  # raises what it is now
             raise errors.invalid_api_key()
     except Refusal as refusal:
         refusal.headers.update(rate_headers)

@@ -366,6 +366,29 @@ def add_credits(
     return Standing(balance, held)
 
 
+def merge(tx: Tx, account_id: str, into: str, note: str, now: int, by: Actor) -> None:
+    """Move all credits of an account into another, and end it.
+
+    Raises `conflict` while it has calls in flight, whose credits could come back to it, and
+    `account_suspended`.
+    """
+    row = tx.row(
+        "SELECT status, status_reason, balance, open_calls FROM account WHERE id = :id",
+        {"id": account_id},
+    )
+    assert row is not None  # somebody's wallet has it
+    status, reason, balance, open_calls = row
+    if status != "active":
+        raise account_suspended(reason)
+    if open_calls:
+        raise errors.Refusal("conflict", "It has calls in flight. Try again in a moment.")
+    if balance:
+        add_credits(tx, account_id, "adjustment", -balance, f"merged:{account_id}", note, now)
+        add_credits(tx, into, "adjustment", balance, f"received:{account_id}", note, now)
+    close_account(tx, account_id, now, by)
+    audit.note(tx, by, "account.merged", now, into, account_id, credits=balance)
+
+
 def refund(tx: Tx, call_id: str, note: str | None, now: int) -> tuple[int, Standing]:
     """Give a captured call's credits back, once; the amount and the account after it.
 

@@ -21,6 +21,7 @@ from core import (
 from core.instance import Instance
 from core.ledger import Outcome
 from core.payments import reconciler, records
+from core.signed import nonces
 from models import Tx
 
 log = logging.getLogger("farebox.upkeep")
@@ -82,6 +83,8 @@ def tidy(instance: Instance) -> None:
     instance.db.write(lambda tx: _latch(tx, now))
     while instance.db.write(lambda tx: idempotency.prune(tx, now)) == idempotency.PRUNED_AT_ONCE:
         pass  # another batch: sustained traffic must not outrun the pruning
+    while instance.db.write(lambda tx: nonces.prune(tx, now)) == nonces.PRUNED_AT_ONCE:
+        pass
     instance.db.write(lambda tx: _prune(tx, now))
     instance.db.checkpoint()
 

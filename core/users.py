@@ -19,6 +19,7 @@ from core import (
 )
 from core.audit import Actor
 from core.ledger import OPERATOR_ACCOUNT
+from core.wallets import Wallet
 from models import Tx
 
 PRIVY = "privy.io"
@@ -107,9 +108,12 @@ def get(tx: Tx, user_id: str) -> User:
 
 
 def name_of(tx: Tx, user_id: str) -> str:
-    """What a person is called: by e-mail, or by id where there is none (any more)."""
-    row = tx.row("SELECT email FROM user WHERE id = :id", {"id": user_id})
-    return user_id if row is None or row[0] is None else str(row[0])
+    """What a person is called: by e-mail, else by wallet, else by id."""
+    row = tx.row("SELECT email, account_id FROM user WHERE id = :id", {"id": user_id})
+    if row is None or row[0] is not None:
+        return user_id if row is None else str(row[0])
+    linked = wallets.of_account(tx, row[1])
+    return linked[0].wallet.short if linked else user_id
 
 
 def by_email(tx: Tx, email: str) -> User | None:
@@ -148,18 +152,23 @@ def account_of(tx: Tx, who: str) -> str:
         )
     wallet = wallets.parse(who)
     if wallet is not None:
-        owner = wallets.owner_of(tx, wallet)
-        if owner is None:
-            raise errors.Refusal("not_found", f"There is no account of {who}.")
-        return owner.account_id
+        return _holder(tx, wallet).account_id
     if "@" not in who and not who.startswith("did:"):
         ledger.standing(tx, who)
         return who
     return of_who(tx, who).account_id
 
 
+def _holder(tx: Tx, wallet: Wallet) -> wallets.Owner:
+    owner = wallets.owner_of(tx, wallet)
+    if owner is None:
+        raise errors.Refusal("not_found", f"There is no account of {wallet.name}.")
+    return owner
+
+
 def of_who(tx: Tx, who: str) -> User:
-    """The user that WHO means: by e-mail, by `did:…`, by id, or as the owner of an `acct_…`.
+    """The user that WHO means: by e-mail, by `did:…`, by id, by wallet, or as the owner of an
+    `acct_…`.
 
     Raises `not_found`, and `conflict` for a subject by which issuers mean different people.
     """
@@ -175,7 +184,8 @@ def of_who(tx: Tx, who: str) -> User:
     elif who.startswith("user_"):
         found = get(tx, who)
     else:
-        found = owner_of(tx, who)
+        wallet = wallets.parse(who)
+        found = owner_of(tx, who if wallet is None else _holder(tx, wallet).account_id)
     if found is None:
         raise errors.Refusal("not_found", f"There is no {who}, or nobody owns it yet.")
     return found
@@ -238,9 +248,7 @@ def unlink_identity(
 
     Raises `not_found`, or `conflict` when there would be no way left to sign in.
     """
-    is_a_way = issuer.rstrip("/") in providers
-    if _ways_in(tx, user_id, providers) < 1 + is_a_way:
-        raise errors.Refusal("conflict", "That is the only way left to sign in.")
+    _require_another_way(tx, get(tx, user_id), providers, issuer.rstrip("/") in providers)
     removed = tx.run(
         "DELETE FROM identity WHERE user_id = :user AND issuer = :issuer AND subject = :subject",
         {"user": user_id, "issuer": issuer, "subject": subject},
@@ -256,6 +264,13 @@ def unlink_identity(
     )
 
 
+def require_active(user: User) -> None:
+    """Raises `account_suspended` for a person who is not let in."""
+    if user.status != "active":
+        told = f"You are not let in: this user is {user.status}."
+        raise errors.Refusal("account_suspended", told, fields={"reason": user.status_reason})
+
+
 def has_password(tx: Tx, user_id: str) -> bool:
     """Whether a person can sign in with a password."""
     row = tx.row("SELECT password_hash IS NOT NULL FROM user WHERE id = :id", {"id": user_id})
@@ -263,14 +278,19 @@ def has_password(tx: Tx, user_id: str) -> bool:
 
 
 def has_a_credential(tx: Tx, user_id: str) -> bool:
-    """Whether anybody could come in as this person: with a password or any identity."""
-    return has_password(tx, user_id) or bool(identities_of(tx, user_id))
+    """Whether anybody could come in as this person: with a password, any identity or a wallet."""
+    linked = wallets.of_account(tx, get(tx, user_id).account_id)
+    return has_password(tx, user_id) or bool(identities_of(tx, user_id) or linked)
 
 
-def _ways_in(tx: Tx, user_id: str, providers: Container[str]) -> int:
-    """How many ways the person has to sign in at a browser."""
-    by_provider = [name for name, _ in identities_of(tx, user_id) if name.rstrip("/") in providers]
-    return has_password(tx, user_id) + len(by_provider)
+def _require_another_way(
+    tx: Tx, user: User, providers: Container[str], is_a_way: bool = True
+) -> None:
+    """Raises `conflict` when there would be no way left to sign in at a browser."""
+    by_provider = [name for name, _ in identities_of(tx, user.id) if name.rstrip("/") in providers]
+    linked = wallets.of_account(tx, user.account_id)
+    if has_password(tx, user.id) + len(by_provider) + len(linked) < 1 + is_a_way:
+        raise errors.Refusal("conflict", "That is the only way left to sign in.")
 
 
 def identities_of(tx: Tx, user_id: str) -> list[tuple[str, str]]:
@@ -280,6 +300,72 @@ def identities_of(tx: Tx, user_id: str) -> list[tuple[str, str]]:
         {"user": user_id},
     )
     return [(row[0], row[1]) for row in rows]
+
+
+# Wallets
+
+
+def by_wallet(tx: Tx, wallet: Wallet, is_open: bool, credits: int, now: int, client: str) -> User:
+    """Who signs in with a wallet: the person whose account has it. An account that a payment has
+    opened becomes theirs with its credits; for a wallet nobody knows there is a new one if
+    `is_open`, with `credits`. Raises `signup_closed`, `account_suspended`."""
+    owner, by = wallets.owner_of(tx, wallet), Actor(wallet.name, client)
+    if owner is None:
+        if not is_open:
+            raise errors.Refusal(
+                "signup_closed", "This wallet is not known here, and sign-up is closed."
+            )
+        user = sign_up(tx, None, None, credits, now, by)
+        wallets.add(tx, wallet, user.account_id, now)
+        _note_linked(tx, wallet, user, now, by)
+        return user
+    if owner.status != "active":
+        raise ledger.account_suspended(owner.reason)
+    if owner.user_id is not None:
+        return get(tx, owner.user_id)
+    return add(tx, None, None, False, now, by, account_id=owner.account_id)
+
+
+def link_wallet(tx: Tx, wallet: Wallet, user: User, now: int, by: Actor) -> bool:
+    """A wallet whose owner has signed for it becomes the person's; False if it was already. The
+    account that a payment had opened for it is merged into theirs.
+
+    Raises `wallet_linked` when it is somebody else's, and `conflict`, `account_suspended` when its
+    own account cannot be merged now.
+    """
+    owner = wallets.owner_of(tx, wallet)
+    if owner is not None and owner.account_id == user.account_id:
+        return False
+    if owner is not None and owner.user_id is not None:
+        raise errors.Refusal("wallet_linked", "This wallet belongs to another account.")
+    if owner is None:
+        wallets.add(tx, wallet, user.account_id, now)
+    else:
+        ledger.merge(tx, owner.account_id, user.account_id, f"from {wallet.name}", now, by)
+        wallets.move(tx, owner.account_id, user.account_id)
+    _note_linked(tx, wallet, user, now, by)
+    return True
+
+
+def unlink_wallet(
+    tx: Tx, wallet: Wallet, user: User, providers: Container[str], here: str, now: int, by: Actor
+) -> None:
+    """A wallet is the person's no more: it signs nothing here, and what it had signed in ends, but
+    for the session `here`. `providers` are the issuers one can sign in with.
+
+    Raises `not_found`, or `conflict` when there would be no way left to sign in.
+    """
+    owner = wallets.owner_of(tx, wallet)
+    if owner is None or owner.account_id != user.account_id:
+        raise errors.not_found()
+    _require_another_way(tx, user, providers)
+    wallets.remove(tx, wallet)
+    sessions.end_alike(tx, user.id, f"wallet:{wallet.id}", now, by, keep=here)
+    audit.note(tx, by, "wallet.unlinked", now, user.account_id, wallet.id)
+
+
+def _note_linked(tx: Tx, wallet: Wallet, user: User, now: int, by: Actor) -> None:
+    audit.note(tx, by, "wallet.linked", now, user.account_id, wallet.id)
 
 
 def privy_id(tx: Tx, user_id: str | None) -> str | None:
@@ -388,6 +474,7 @@ def close_account(tx: Tx, account_id: str, now: int, by: Actor) -> None:
     for member in members.of_account(tx, account_id):
         if member.user_id is None:
             members.remove(tx, member, now, by)
+    wallets.remove_all(tx, account_id)
     keys.revoke_all(tx, now, by, account_id=account_id)
     session_tokens.end(tx, now, account_id=account_id)
 

@@ -7,19 +7,16 @@ from nowhere else.
 from typing import Annotated
 
 import msgspec
-from coincurve import PublicKey
-from Crypto.Hash import keccak
 
 from config import Network
 from config.eip55 import checksummed
 from core.payments.payment import Payment, refused
 from core.payments.wire import Payload, Shape, part
+from core.signed.signatures import keccak, signer
 from core.wallets import Wallet
 
 Address = Annotated[str, msgspec.Meta(pattern=r"^0x[0-9a-fA-F]{40}\Z")]
 Number = Annotated[str, msgspec.Meta(pattern=r"^(0|[1-9][0-9]{0,77})\Z")]
-# Above it the same signature has a twin (EIP-2); USDC refuses it too.
-_HALF_ORDER = 0x7FFFFFFFFFFFFFFFFFFFFFFFFFFFFFFF5D576E7357A4501DDFE92F46681B20A0
 _UINT256 = 2**256
 _LATEST_SECOND = 10**11  # still a date for everybody who may read it
 _DOMAIN = b"EIP712Domain(string name,string version,uint256 chainId,address verifyingContract)"
@@ -58,7 +55,7 @@ def read(network: Network, payload: Payload) -> Payment:
     told = signed.authorization
     if any(int(number) >= _UINT256 for number in (told.value, told.valid_after, told.valid_before)):
         raise refused("malformed_authorization", "A number of the authorization is too large.")
-    if _signer(_digest(network, told), signed.signature) != told.from_.lower():
+    if signer(_digest(network, told), bytes.fromhex(signed.signature[2:])) != told.from_.lower():
         raise refused("invalid_signature", "The payment is not signed by its payer.")
     nonce = told.nonce.lower()
     return Payment(
@@ -86,33 +83,17 @@ def read(network: Network, payload: Payload) -> Payment:
     )
 
 
-def _signer(digest: bytes, signature: str) -> str | None:
-    """The address whose key has signed, in lower case; None when there is none."""
-    raw = bytes.fromhex(signature[2:])
-    if len(raw) != 65 or raw[64] not in (27, 28):
-        return None
-    if int.from_bytes(raw[32:64], "big") > _HALF_ORDER:
-        return None
-    try:
-        key = PublicKey.from_signature_and_message(
-            raw[:64] + bytes([raw[64] - 27]), digest, hasher=None
-        )
-    except ValueError:
-        return None
-    return "0x" + _keccak(key.format(compressed=False)[1:])[-20:].hex()
-
-
 def _digest(network: Network, told: Authorization) -> bytes:
     """What is signed (EIP-712)."""
-    domain = _keccak(
-        _keccak(_DOMAIN)
-        + _keccak(network.asset_name.encode())
-        + _keccak(network.asset_version.encode())
+    domain = keccak(
+        keccak(_DOMAIN)
+        + keccak(network.asset_name.encode())
+        + keccak(network.asset_version.encode())
         + _word(int(network.id.partition(":")[2]))
         + _word(int(network.asset, 16))
     )
-    transfer = _keccak(
-        _keccak(_TRANSFER)
+    transfer = keccak(
+        keccak(_TRANSFER)
         + _word(int(told.from_, 16))
         + _word(int(told.to, 16))
         + _word(int(told.value))
@@ -120,13 +101,8 @@ def _digest(network: Network, told: Authorization) -> bytes:
         + _word(int(told.valid_before))
         + bytes.fromhex(told.nonce[2:])
     )
-    return _keccak(b"\x19\x01" + domain + transfer)
+    return keccak(b"\x19\x01" + domain + transfer)
 
 
 def _word(number: int) -> bytes:
     return number.to_bytes(32, "big")
-
-
-def _keccak(data: bytes) -> bytes:
-    found: bytes = keccak.new(digest_bits=256, data=data).digest()
-    return found

@@ -62,9 +62,8 @@ class Till:
         Raises as `access.identify` does, and for somebody who says nothing of themselves what is to
         be paid, whatever else is wrong; `order` tells how much.
         """
-        headers = self._inbound.headers
-        if not access.is_stranger(headers):
-            return access.identify(self._instance, headers, self._client)
+        if not access.is_stranger(self._inbound.headers):
+            return access.identify(self._instance, self._inbound, self._client)
         payment = self.payment
         if payment is None:
             self._count_quote()

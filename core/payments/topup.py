@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from core import clock, errors, idempotency, keys, limits, strict_json
+from core import access, clock, errors, idempotency, strict_json
 from core.access import Principal
 from core.adapters import Inbound, Order
 from core.errors import Refusal
@@ -92,13 +92,9 @@ def _admit(
     key: str | None, inbound: Inbound, now: int,
 ) -> _Admission:  # fmt: skip
     """Count the attempt, look for a stored answer, claim the payment: in the order of a call."""
-    rate = None
-    if principal.rate_limit is not None:
-        rate = limits.spend_rate(tx, principal.rate_subject, principal.rate_limit, now)
-        if rate.exceeded:
-            return _Admission(rate, refusal=rate.refusal())
-    if principal.key is not None:
-        keys.note_use(tx, principal.key, now)
+    rate, too_many = access.arrive(tx, principal, principal.rate_subject, now)
+    if too_many is not None:
+        return _Admission(rate, refusal=too_many)
     if isinstance(order, Refusal):
         return _Admission(rate, refusal=order)
     shown, print_ = (tender, tender.use.print) if isinstance(tender, Tender) else (None, b"")

@@ -1,0 +1,1 @@
+"""What wallets sign: messages that sign in or link, and requests (RFC 9421)."""

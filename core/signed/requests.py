@@ -1,0 +1,166 @@
+"""Signed requests: HTTP Message Signatures (RFC 9421), with the wallet's key in place of a secret.
+
+Taken is what RFC 8941 calls the canonical form of `Signature-Input`, `Signature` and
+`Content-Digest` (RFC 9530), which is what libraries write. A request has one signature.
+"""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+from core import clock, errors, wallets
+from core.adapters import Inbound
+from core.errors import Refusal
+from core.signed import signatures
+from core.signed.nonces import Nonce
+from core.wallets import Wallet
+
+SKEW_SECONDS = 300
+_LONGEST = 8192  # characters of a header
+_LONGEST_NONCE = 255
+_ALGORITHMS = {"solana": "ed25519", "eip155": "eip191"}
+_DIGESTS = {"sha-256": hashlib.sha256, "sha-512": hashlib.sha512}
+
+_KEY = r"[a-z*][a-z0-9_.*-]*"
+_PARAMETER = rf';({_KEY})=(?:(-?[0-9]{{1,15}})|"([ !#-\[\]-~]*)")'
+_INPUT = re.compile(
+    rf'({_KEY})=(\(("@?[a-z][a-z0-9-]*"(?: "@?[a-z][a-z0-9-]*")*)\)((?:{_PARAMETER})+))'
+)
+_PARAMETERS = re.compile(_PARAMETER)
+_SIGNATURE = re.compile(rf"({_KEY})=:([A-Za-z0-9+/]+={{0,2}}):")
+_DIGEST = re.compile(rf"({_KEY})=:([A-Za-z0-9+/]+={{0,2}}):")
+
+
+class Signed(NamedTuple):
+    """A request that its wallet has signed."""
+
+    wallet: Wallet
+    nonce: Nonce
+
+
+def is_signed(headers: Mapping[str, str]) -> bool:
+    """Whether a request says that it is signed, by headers in lower-case names."""
+    return "signature-input" in headers or "signature" in headers
+
+
+def origin(public_url: str) -> str:
+    """Scheme, host and port of an address, normal as RFC 9421, 2.2.2, asks (RFC 9110, 4.2.3)."""
+    parts = urlsplit(public_url)
+    default = {"http": 80, "https": 443}[parts.scheme]
+    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+    port = "" if parts.port in (None, default) else f":{parts.port}"
+    return f"{parts.scheme}://{host}{port}"
+
+
+def read(inbound: Inbound, public_url: str, now: int) -> Signed:
+    """Whose request it is, and the nonce it uses up. The whole request is what was signed: method,
+    address, and body if there is one. Raises `invalid_signature`."""
+    given = inbound.headers.get("signature-input", "")
+    if len(given) > _LONGEST:
+        raise _bad("Signature-Input is too long")
+    found = _INPUT.fullmatch(given)
+    if found is None:
+        raise _bad("Signature-Input is not of one signature, in canonical form")
+    components = found[3].replace('"', "").split(" ")
+    written = _PARAMETERS.findall(found[4])
+    parameters: dict[str, int | str] = {
+        name: int(number) if number else text for name, number, text in written
+    }
+    if len(parameters) != len(written) or len(set(components)) != len(components):
+        raise _bad("Signature-Input says something twice")
+    wallet, nonce = _checked(parameters, now)
+    _check_body(inbound, components)
+    here = origin(public_url)
+    lines = [f'"{name}": {_value(inbound, here, name)}' for name in components]
+    base = "\n".join([*lines, f'"@signature-params": {found[2]}'])
+    signature = _signature(inbound.headers.get("signature", ""), found[1])
+    if not signatures.has_signed(wallet, base.encode("latin-1"), signature):
+        raise _bad(f"it is not of {wallet.name} and this request; our addresses begin with {here}")
+    return Signed(wallet, nonce)
+
+
+def _checked(parameters: dict[str, int | str], now: int) -> tuple[Wallet, Nonce]:
+    """Who signs, and the nonce, from the signature's parameters (RFC 9421, 2.3)."""
+    if parameters.get("tag") != "farebox":
+        raise _bad('its tag is not "farebox"')
+    key_id = parameters.get("keyid")
+    wallet = wallets.parse(key_id) if isinstance(key_id, str) else None
+    if wallet is None:
+        raise _bad('its keyid is not "solana:<address>" or "eip155:<address>"')
+    if parameters.get("alg", expected := _ALGORITHMS[wallet.namespace]) != expected:
+        raise _bad(f'its alg is not "{expected}"')
+    created, expires = parameters.get("created"), parameters.get("expires")
+    if not isinstance(created, int) or abs(now // 1000 - created) > SKEW_SECONDS:
+        told = clock.rfc3339(now)
+        raise _bad(f"it was not created within {SKEW_SECONDS} seconds of now, which is {told} here")
+    if expires is not None and not (isinstance(expires, int) and now // 1000 < expires):
+        raise _bad("it has expired")
+    nonce = parameters.get("nonce")
+    if not isinstance(nonce, str) or not 1 <= len(nonce) <= _LONGEST_NONCE:
+        raise _bad(f"it needs a nonce of 1 to {_LONGEST_NONCE} characters")
+    until = (created + SKEW_SECONDS + 1) * 1000
+    return wallet, Nonce.of("request", wallet.id, nonce, until)
+
+
+def _check_body(inbound: Inbound, components: list[str]) -> None:
+    """The body is what was signed, or there is none."""
+    needed = {"@method", "@target-uri"} | ({"content-digest"} if inbound.body else set())
+    missing = sorted(needed - set(components))
+    if missing:
+        raise _bad(f"it does not cover {', '.join(missing)}")
+    if "content-digest" not in components:
+        return
+    known = 0
+    for digest in re.split(r", ?", inbound.headers.get("content-digest", "")):
+        found = _DIGEST.fullmatch(digest)
+        if found is None:
+            raise _bad("Content-Digest is malformed")
+        if found[1] in _DIGESTS:
+            known += 1
+            if not hmac.compare_digest(_bytes(found[2]), _DIGESTS[found[1]](inbound.body).digest()):
+                raise _bad("Content-Digest is not the body's")
+    if not known:
+        raise _bad(f"Content-Digest has none of {', '.join(_DIGESTS)}")
+
+
+def _value(inbound: Inbound, here: str, component: str) -> str:
+    """What a component of the request is (RFC 9421, 2.1 and 2.2). Its address is the one by which
+    we are known, whatever a proxy before us has made of it."""
+    query = f"?{inbound.query}" if inbound.query else ""
+    if component == "@method":
+        return inbound.method
+    if component == "@target-uri":
+        return here + inbound.path + query
+    if component == "@authority":
+        return here.partition("://")[2]
+    if component == "@path":
+        return inbound.path
+    if component == "@query":
+        return query or "?"
+    value = None if component.startswith("@") else inbound.headers.get(component)
+    if value is None:
+        raise _bad(f"it covers {component}, which is not there or not known here")
+    return value.strip()
+
+
+def _signature(header: str, label: str) -> bytes:
+    found = _SIGNATURE.fullmatch(header) if len(header) <= _LONGEST else None
+    if found is None or found[1] != label:
+        raise _bad("Signature is not the one that Signature-Input tells of")
+    return _bytes(found[2])
+
+
+def _bytes(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except binascii.Error:
+        raise _bad("it holds something that is not base64") from None
+
+
+def _bad(why: str) -> Refusal:
+    return errors.invalid_signature(f"The request’s signature is not taken: {why}.")

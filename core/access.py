@@ -194,7 +194,7 @@ def _by_signature(instance: Instance, inbound: Inbound) -> Principal:
         wallets.still_signs(signed.wallet, owner.account_id),
         member_limit=members.credit_limit(
             owner.account_id, owner.user_id, owner.credit_limit, owner.credit_period
-        )
+        ),
         wallet=signed.wallet,
         nonce=signed.nonce,
     )

@@ -346,7 +346,7 @@ class Server:
                     self.respond(exchange)
                 except Gone:
                     how, exchange.keep = "gone", False
-                # Whoever waits for the exchange's end may rely on the connection's, where it has one.
+                # Whoever waits for the exchange's end may rely on the connection's end too.
                 if not exchange.keep:
                     sock.close()
                 self._end(exchange.hit, how)

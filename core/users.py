@@ -439,7 +439,7 @@ def resume(tx: Tx, user: User, now: int, by: Actor) -> None:
 
 
 def close(tx: Tx, user: User, now: int, by: Actor) -> None:
-    """End a person here for good, with the account they own. Their e-mail and password are
+    """End a person here for good, with the account they own. Their e-mail, password and wallets are
     forgotten and may be used again; what they paid for stays in the books.
 
     Raises `conflict` while others are members of the account.
@@ -456,6 +456,7 @@ def close(tx: Tx, user: User, now: int, by: Actor) -> None:
     session_tokens.end(tx, now, user_id=user.id)
     members.leave_all(tx, user.id, now, by)
     links.cancel(tx, now, user_id=user.id)
+    wallets.remove_all(tx, user.account_id)
     tx.run(
         "UPDATE user SET status = 'closed', email = NULL, password_hash = NULL, is_operator = 0"
         " WHERE id = :id",
@@ -474,7 +475,6 @@ def close_account(tx: Tx, account_id: str, now: int, by: Actor) -> None:
     for member in members.of_account(tx, account_id):
         if member.user_id is None:
             members.remove(tx, member, now, by)
-    wallets.remove_all(tx, account_id)
     keys.revoke_all(tx, now, by, account_id=account_id)
     session_tokens.end(tx, now, account_id=account_id)
 

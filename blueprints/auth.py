@@ -7,6 +7,7 @@ from flask_login import current_user
 from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints.rendering import client_address, instance, page
+from blueprints.signing import with_message
 from blueprints.visitors import (
     CHOICE,
     check_csrf,
@@ -19,7 +20,6 @@ from blueprints.visitors import (
     visitor,
     with_password,
 )
-from blueprints.wallets import with_message
 from core import clock, links, mail, members, passwords, sessions, tokens, users
 from core.audit import Actor
 from core.errors import Refusal

@@ -6,8 +6,8 @@ from flask_login import current_user
 
 from blueprints.api import inbound, manager, parsed, raw_body
 from blueprints.rendering import client_address, instance, json_response
+from blueprints.signing import with_message
 from blueprints.visitors import check_csrf, origin
-from blueprints.wallets import with_message
 from core import access, clock, errors, session_tokens, sessions
 from core.audit import Actor
 from core.errors import Refusal

@@ -5,11 +5,11 @@ from flask_login import login_required
 from werkzeug.wrappers import Response as BaseResponse
 
 from blueprints import inviting
-from blueprints import wallets as wallet_links
 from blueprints.api import require_owner
 from blueprints.inviting import Invitation
 from blueprints.pages import act, before, field, required, seat, show, whole
 from blueprints.rendering import instance
+from blueprints.signing import linking, unlinking
 from blueprints.visitors import sign_in, sign_out, visitor, with_password
 from core import clock, errors, keys, members, passwords, sessions, users, wallets
 from core.audit import Actor
@@ -166,7 +166,7 @@ def _terms() -> Terms:
 def link_wallet() -> BaseResponse:
     """Link the wallet that has signed a message."""
     try:
-        work = wallet_links.linking(*map(request.form.get, ("message", "signature"), ("", "")))
+        work = linking(*map(request.form.get, ("message", "signature"), ("", "")))
         found, is_new = act(work)
     except Refusal as refusal:
         return _home(refusal)
@@ -179,7 +179,7 @@ def link_wallet() -> BaseResponse:
 @login_required
 def unlink_wallet() -> BaseResponse:
     try:
-        act(wallet_links.unlinking(request.form.get("wallet", ""), visitor().session.id))
+        act(unlinking(request.form.get("wallet", ""), visitor().session.id))
     except Refusal as refusal:
         return _home(refusal)
     flash("Unlinked. It signs nothing here any more.")

@@ -30,6 +30,7 @@ from werkzeug.test import run_wsgi_app
 from app import create_app
 from config import Settings, load
 from core import clock, daily, firstrun, keys, ledger, tokens, users
+from core.adapters import Inbound
 from core.audit import COMMAND_LINE
 from core.instance import Instance
 from core.keys import NewSecret, Terms
@@ -66,6 +67,11 @@ class CheapSecret(NewSecret):
         self.token, self.lookup = tokens.new_key(prefix)
         self.start = self.token[: -(tokens.SECRET_LENGTH + tokens.CHECKSUM_LENGTH)]
         self.hash = _CHEAP.hash(self.token)
+
+
+def inbound(**headers: str) -> Inbound:
+    """A request of which only the headers matter."""
+    return Inbound("GET", "/", "", headers, b"", "req_1")
 
 
 @dataclass(frozen=True)

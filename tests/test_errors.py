@@ -378,6 +378,7 @@ def test_an_error_looks_as_the_contract_says(
 def test_every_error_of_a_paid_route_is_among_the_cases() -> None:
     # What people and pages meet has tests of its own, beside what refuses.
     elsewhere = {"conflict", "csrf_failed", "forbidden", "session_required", "signup_closed"}
+    elsewhere |= {"invalid_signature", "wallet_linked"}
     elsewhere |= {code for code in KINDS if code.startswith(("payment_", "facilitator_"))}
     assert {code for _, code, _, _ in CASES} == set(KINDS) - elsewhere
 

@@ -34,7 +34,7 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from doubles import Upstream
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from inprocess import Box, Clock
+from inprocess import Box, Clock, inbound
 from issuer import (
     Issuer,
     Mode,
@@ -846,7 +846,7 @@ def test_whatever_an_issuer_signs_is_taken_or_refused_and_nothing_else(
 ) -> None:
     token = by_pem.sign(by_pem.claims() | claims, header)
     try:
-        access.identify(box.instance, {"authorization": f"Bearer {token}"}, "127.0.0.1")
+        access.identify(box.instance, inbound(authorization=f"Bearer {token}"), "127.0.0.1")
     except Refusal as refusal:
         assert refusal.code in ("invalid_token", "validation_error"), refusal.code
 

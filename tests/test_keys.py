@@ -15,7 +15,16 @@ import argon2
 import pytest
 from conftest import StartFarebox
 from doubles import Upstream
-from inprocess import STRANGERS_KEY, Background, Box, CheapSecret, Clock, Payer, everything
+from inprocess import (
+    STRANGERS_KEY,
+    Background,
+    Box,
+    CheapSecret,
+    Clock,
+    Payer,
+    everything,
+    inbound,
+)
 from server import OPERATOR_KEY, Answer, until
 
 import models
@@ -149,7 +158,7 @@ def test_every_single_typo_is_refused_without_a_database_read_or_a_hash(
     NoDatabase(monkeypatch)
     monkeypatch.setattr(box.instance.verifier, "verify", None)
     with pytest.raises(AssertionError, match="the database was asked"):
-        access.identify(box.instance, {"authorization": f"Bearer {key}"}, "-")
+        access.identify(box.instance, inbound(authorization=f"Bearer {key}"), "-")
     tried = 0
     for place, right in enumerate(key):
         for wrong in string.ascii_letters + string.digits + "_-":
@@ -157,7 +166,7 @@ def test_every_single_typo_is_refused_without_a_database_read_or_a_hash(
                 continue
             mistyped = key[:place] + wrong + key[place + 1 :]
             with pytest.raises(Refusal) as refused:
-                access.identify(box.instance, {"authorization": f"Bearer {mistyped}"}, "-")
+                access.identify(box.instance, inbound(authorization=f"Bearer {mistyped}"), "-")
             assert refused.value.code == "invalid_api_key"
             tried += 1
     assert tried == len(key) * 63

@@ -29,7 +29,7 @@ TABLES = (
 )  # fmt: skip
 NEW = {
     "membership", "session", "session_token", "identity", "denied_token", "issuer_keys", "audit",
-    "call_day", "entry_day", "voucher", "wallet", "payment",
+    "call_day", "entry_day", "voucher", "wallet", "payment", "used_nonce",
 }  # fmt: skip
 REAL = Path(models.__file__).parent / "migrations"
 DAY = 86_400_000

@@ -45,7 +45,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from doubles import Upstream
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from inprocess import HOST, Background, Box, Clock, Payer
+from inprocess import HOST, Background, Box, Clock, Payer, inbound
 from issuer import b64, compact, forgeries, parts, seal, signature, stale, twin, unb64
 from joserfc import jwk, jwt
 from server import OPERATOR_KEY, ROOT, Answer, Farebox
@@ -1147,7 +1147,7 @@ _CODES = {"invalid_token", "validation_error", "invalid_api_key"}
 def _refusal_of(box: Box, token: str) -> str | None:
     """The code of the refusal a token gets; None when it is taken. Anything else is raised."""
     try:
-        access.identify(box.instance, {"authorization": f"Bearer {token}"}, "127.0.0.1")
+        access.identify(box.instance, inbound(authorization=f"Bearer {token}"), "127.0.0.1")
     except Refusal as refusal:
         assert refusal.code in _CODES, refusal.code
         return refusal.code

@@ -33,6 +33,7 @@ OWNERS = {
     "credit_window": {"core/limits.py"},
     "idempotency": {"core/idempotency.py"},
     "wallet": {"core/wallets.py"},
+    "used_nonce": {"core/signed/nonces.py"},
     "payment": {"core/payments/records.py"},
 }
 
@@ -78,6 +79,7 @@ def test_blueprints_do_not_know_the_application_or_each_other(path: Path) -> Non
         "pictures",
         "tables",
         "inviting",
+        "signing",
         "admin",
     )
     allowed = {"blueprints", *(f"blueprints.{name}" for name in shared)}

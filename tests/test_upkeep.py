@@ -1,4 +1,5 @@
 """What happens without anyone asking: orphans, late endings, expiries, pruning; and a wrong clock.
+from inprocess import inbound
 
 The clock of these tests is `core.clock`, set by hand; workers are real processes.
 """
@@ -353,7 +354,7 @@ def new_key(instance: Instance, account: str, **terms: Any) -> tuple[str, str]:
 
 
 def identify(instance: Instance, token: str) -> access.Principal:
-    return access.identify(instance, {"authorization": f"Bearer {token}"}, "127.0.0.1")
+    return access.identify(instance, inbound(authorization=f"Bearer {token}"), "127.0.0.1")
 
 
 def test_an_expired_key_stays_expired_when_the_clock_steps_back(

@@ -40,7 +40,7 @@ SMS = (
 )
 TEXTS = SMS + "credits = 1\n"
 CANARY = "canary-4f1d6c"
-PACKAGES = ("coincurve", "Crypto", "solders")
+PACKAGES = ("solders",)
 
 
 def x402(**changes: str | None) -> str:
@@ -581,7 +581,7 @@ LOADED = """
 import sys
 from app import create_app
 app = create_app()
-names = ("coincurve", "Crypto", "solders", "x402", "web3", "eth_account", "solana", "httpx")
+names = ("coincurve", "nacl", "Crypto", "solders", "x402", "web3", "eth_account", "solana", "httpx")
 print(" ".join(name for name in names if name in sys.modules))
 """
 
@@ -589,7 +589,7 @@ print(" ".join(name for name in names if name in sys.modules))
 def test_only_an_instance_that_takes_payments_loads_what_they_need(tmp_path: Path) -> None:
     """And none loads the official packages, which are for clients."""
     for name, config, loaded in (
-        ("with", TEXTS + x402(), "coincurve Crypto solders\n"),
+        ("with", TEXTS + x402(), "Crypto solders\n"),
         ("without", TEXTS, "\n"),
     ):
         folder = tmp_path / name

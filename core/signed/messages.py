@@ -10,7 +10,6 @@ import binascii
 import hashlib
 import hmac
 import re
-import secrets
 from typing import NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
@@ -46,7 +45,7 @@ class Challenge(NamedTuple):
 def challenge(settings: Settings, wallet: Wallet, now: int) -> Challenge:
     """A message that the wallet may sign within five minutes."""
     issued_at = now // 1000 * 1000
-    random = secrets.token_hex(_RANDOM // 2)
+    random = tokens.random_text(_RANDOM, "0123456789abcdef")
     message, nonce = _written(settings, wallet, random, issued_at)
     return Challenge(message, nonce, issued_at + LIFE_MS)
 

@@ -1,5 +1,4 @@
 """What happens without anyone asking: orphans, late endings, expiries, pruning; and a wrong clock.
-from inprocess import inbound
 
 The clock of these tests is `core.clock`, set by hand; workers are real processes.
 """
@@ -19,6 +18,7 @@ from typing import Any
 
 import apsw
 import pytest
+from inprocess import inbound
 from test_ledger import ALWAYS, DONE, NOW, Books, new_call, refused
 
 import config

@@ -3,8 +3,8 @@ PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 p
 	command -v $$p >/dev/null 2>&1 && \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
-# What the tests have from npm: an OpenID provider, axe-core, OpenAI's client, and an EVM chain.
-NPM := $(patsubst %,tests/%/node_modules/.package-lock.json,openid axe openai x402)
+# What the tests have from npm: an OpenID provider, axe-core, OpenAI's client, an EVM chain, wallets.
+NPM := $(patsubst %,tests/%/node_modules/.package-lock.json,openid axe openai x402 wallets)
 # And llama.cpp's server, where it comes ready built.
 LLAMA := .venv/llama-installed
 # And those who pay with x402 and settle it, with what Farebox itself needs for that.

@@ -1,5 +1,7 @@
 """Session tokens: given to who is signed in or holds one, ended one by one, checked by anyone."""
 
+from collections.abc import Callable
+
 import msgspec
 from flask import Blueprint, Response, request
 from flask_login import current_user
@@ -39,7 +41,8 @@ def mint() -> Response:
         session = _session_of(bearer)
     elif (signed := _signed_wish(raw)) is not None:
         wish = signed
-        user, session = with_message(signed.message or "", signed.signature or "", _signed_in)
+        message, signature = signed.message or "", signed.signature or ""
+        user, session = with_message(message, signature, _signing_in(signed.account))
         account_id = user.account_id
     elif current_user.is_authenticated:
         check_csrf()
@@ -98,8 +101,19 @@ def _signed_wish(raw: bytes) -> _Wish | None:
     return wish
 
 
-def _signed_in(tx: Tx, wallet: Wallet, user: User, now: int) -> tuple[User, Session]:
-    return user, sessions.start(tx, user.id, origin(f"wallet:{wallet.id}"), now)
+def _signing_in(account_id: str | None) -> Callable[[Tx, Wallet, User, int], tuple[User, Session]]:
+    """What starts a session for that account, or for their own. Raises `not_found`, before the
+    message is used up."""
+    here = origin("wallet")
+
+    def work(tx: Tx, wallet: Wallet, user: User, now: int) -> tuple[User, Session]:
+        how = here._replace(method=f"wallet:{wallet.id}")
+        session = sessions.start(tx, user.id, how, now)
+        if account_id and sessions.seat(tx, session.id, account_id, now) is None:
+            raise errors.not_found()
+        return user, session
+
+    return work
 
 
 def _session_of(bearer: Bearer) -> Session:

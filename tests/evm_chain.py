@@ -155,8 +155,10 @@ class EvmChain(RpcServer):
 
     def mine(self, blocks: int = 1) -> None:
         """So many blocks more; the first takes what is pending."""
-        for _ in range(blocks):
+        if blocks == 1:
             self.rpc("evm_mine")
+        else:
+            self.rpc("anvil_mine", hex(blocks))
 
     def advance(self, seconds: int) -> None:
         """The chain's clock goes on, for good, and a block is made."""

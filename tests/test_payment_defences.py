@@ -185,7 +185,7 @@ def test_an_authorization_that_was_used_long_ago_is_refused_at_once(
             later = str(int(time.time()) + 30_000)
             sent = wallet.payment(challenge, signed={"validBefore": later})
             evm.submit(sent["payload"]["authorization"], sent["payload"]["signature"])
-            evm.mine(4_100)  # more than is searched at once
+            evm.mine(2_100)  # more than is searched at once
             now = Clock(monkeypatch, clock.rfc3339(clock.now_ms()))
             now.forward(seconds=3 * 3600)
             header = wallet.header(challenge, signed=sent["payload"]["authorization"])

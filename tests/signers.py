@@ -13,6 +13,7 @@ import os
 import secrets
 import time
 from typing import Any
+from urllib.parse import urlsplit
 
 from rpc_server import need
 
@@ -86,7 +87,14 @@ def signed(
     sent = dict(headers or {})
     if body:
         sent.setdefault("Content-Digest", digest_of(body))
-    values = {"@method": method, "@target-uri": url} | {k.lower(): v for k, v in sent.items()}
+    parts = urlsplit(url)
+    values = {
+        "@method": method,
+        "@target-uri": url,
+        "@authority": parts.netloc,
+        "@path": parts.path,
+        "@query": f"?{parts.query}",
+    } | {name.lower(): value for name, value in sent.items()}
     if components is None:
         components = ["@method", "@target-uri", *(["content-digest"] if body else [])]
     told = {

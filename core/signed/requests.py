@@ -27,13 +27,12 @@ _ALGORITHMS = {"solana": "ed25519", "eip155": "eip191"}
 _DIGESTS = {"sha-256": hashlib.sha256, "sha-512": hashlib.sha512}
 
 _KEY = r"[a-z*][a-z0-9_.*-]*"
-_PARAMETER = rf';({_KEY})=(?:(-?[0-9]{{1,15}})|"([ !#-\[\]-~]*)")'
+_PARAMETER = rf';({_KEY})=(?:(0|-?[1-9][0-9]{{0,14}})|"([ !#-\[\]-~]*)")'
 _INPUT = re.compile(
     rf'({_KEY})=(\(("@?[a-z][a-z0-9-]*"(?: "@?[a-z][a-z0-9-]*")*)\)((?:{_PARAMETER})+))'
 )
 _PARAMETERS = re.compile(_PARAMETER)
-_SIGNATURE = re.compile(rf"({_KEY})=:([A-Za-z0-9+/]+={{0,2}}):")
-_DIGEST = re.compile(rf"({_KEY})=:([A-Za-z0-9+/]+={{0,2}}):")
+_MEMBER = re.compile(rf"({_KEY})=:([A-Za-z0-9+/]+={{0,2}}):")  # of the two others
 
 
 class Signed(NamedTuple):
@@ -74,13 +73,18 @@ def read(inbound: Inbound, public_url: str, now: int) -> Signed:
     if len(parameters) != len(written) or len(set(components)) != len(components):
         raise _bad("Signature-Input says something twice")
     wallet, nonce = _checked(parameters, now)
-    _check_body(inbound, components)
+    needed = {"@method", "@target-uri"} | ({"content-digest"} if inbound.body else set())
+    missing = sorted(needed - set(components))
+    if missing:
+        raise _bad(f"it does not cover {', '.join(missing)}")
     here = origin(public_url)
     lines = [f'"{name}": {_value(inbound, here, name)}' for name in components]
     base = "\n".join([*lines, f'"@signature-params": {found[2]}'])
     signature = _signature(inbound.headers.get("signature", ""), found[1])
     if not signatures.has_signed(wallet, base.encode("latin-1"), signature):
         raise _bad(f"it is not of {wallet.name} and this request; our addresses begin with {here}")
+    if "content-digest" in components:  # last, because only a body takes long
+        _check_body(inbound)
     return Signed(wallet, nonce)
 
 
@@ -107,25 +111,20 @@ def _checked(parameters: dict[str, int | str], now: int) -> tuple[Wallet, Nonce]
     return wallet, Nonce.of("request", wallet.id, nonce, until)
 
 
-def _check_body(inbound: Inbound, components: list[str]) -> None:
-    """The body is what was signed, or there is none."""
-    needed = {"@method", "@target-uri"} | ({"content-digest"} if inbound.body else set())
-    missing = sorted(needed - set(components))
-    if missing:
-        raise _bad(f"it does not cover {', '.join(missing)}")
-    if "content-digest" not in components:
-        return
-    known = 0
-    for digest in re.split(r", ?", inbound.headers.get("content-digest", "")):
-        found = _DIGEST.fullmatch(digest)
-        if found is None:
+def _check_body(inbound: Inbound) -> None:
+    """The body is the one whose digest was signed."""
+    digests: dict[str, bytes] = {}
+    for written in re.split(r", ?", inbound.headers.get("content-digest", "")):
+        found = _MEMBER.fullmatch(written)
+        if found is None or found[1] in digests:
             raise _bad("Content-Digest is malformed")
-        if found[1] in _DIGESTS:
-            known += 1
-            if not hmac.compare_digest(_bytes(found[2]), _DIGESTS[found[1]](inbound.body).digest()):
-                raise _bad("Content-Digest is not the body's")
+        digests[found[1]] = _bytes(found[2])
+    known = digests.keys() & _DIGESTS.keys()
     if not known:
         raise _bad(f"Content-Digest has none of {', '.join(_DIGESTS)}")
+    for name in known:
+        if not hmac.compare_digest(digests[name], _DIGESTS[name](inbound.body).digest()):
+            raise _bad("Content-Digest is not the body's")
 
 
 def _value(inbound: Inbound, here: str, component: str) -> str:
@@ -149,17 +148,21 @@ def _value(inbound: Inbound, here: str, component: str) -> str:
 
 
 def _signature(header: str, label: str) -> bytes:
-    found = _SIGNATURE.fullmatch(header) if len(header) <= _LONGEST else None
+    found = _MEMBER.fullmatch(header) if len(header) <= _LONGEST else None
     if found is None or found[1] != label:
         raise _bad("Signature is not the one that Signature-Input tells of")
     return _bytes(found[2])
 
 
 def _bytes(text: str) -> bytes:
+    """The bytes that a text in base64 spells; each has one spelling."""
     try:
-        return base64.b64decode(text, validate=True)
+        found = base64.b64decode(text, validate=True)
     except binascii.Error:
-        raise _bad("it holds something that is not base64") from None
+        found = b""
+    if base64.b64encode(found).decode() != text:
+        raise _bad("it holds something that is not base64")
+    return found
 
 
 def _bad(why: str) -> Refusal:

@@ -15,6 +15,7 @@ from blueprints.visitors import (
     origin,
     sign_in,
     sign_out,
+    signed_message,
     take_seat,
     throttle,
     visitor,
@@ -124,26 +125,32 @@ def reset() -> BaseResponse:
     return _submitted("reset", work, token, user.email or user.id)
 
 
-@blueprint.post("/login/wallet")
+@blueprint.route("/login/wallet", methods=["GET", "POST"])
 def wallet_login() -> BaseResponse:
-    """Sign in with a message that a wallet has signed."""
-    secret, form = tokens.new_secret(), request.form
+    """Sign in with a message that a wallet has signed; where the answer is shown may be loaded
+    again."""
+    if request.method != "POST":
+        return redirect("/login", 303)
+    secret = tokens.new_secret()
 
     def started(tx: Tx, wallet: Wallet, user: User, now: int) -> tuple[User, Session]:
         how = origin(f"wallet:{wallet.id}")
         return user, sessions.start(tx, user.id, how, now, secret)
 
     try:
-        user, made = with_message(form.get("message", ""), form.get("signature", ""), started)
+        user, made = with_message(*signed_message(), started)
     except Refusal as refusal:
         if refusal.kind.status >= 500:
             raise
-        wish = local_path(form.get("next"), "")
-        answer = _login_page(refusal.kind.status, wish, problem=refusal.message)
+        if request.form.get("from") == "signup":
+            answer = _form("signup", problem=refusal.message, status=refusal.kind.status)
+        else:
+            wish = local_path(request.form.get("next"), "")
+            answer = _login_page(refusal.kind.status, wish, problem=refusal.message)
         answer.headers.update(refusal.all_headers())
         return answer
     take_seat(user, made, secret)
-    return redirect(local_path(form.get("next")), 303)
+    return redirect(local_path(request.form.get("next")), 303)
 
 
 @blueprint.route("/forgot", methods=["GET", "POST"])
@@ -181,7 +188,9 @@ def invite() -> BaseResponse:
     with instance().db.reading() as tx:
         invitation = members.invited(tx, link.membership_id)
         owner = users.owner_of(tx, link.account_id)
-    host = owner.email if owner is not None else None
+        host = None if owner is None else users.name_of(tx, owner.id)
+    if owner is not None and host == owner.id:
+        host = None  # which says nothing to anybody
     asked = invitation.email or ""
     if request.method != "POST" and not current_user.is_authenticated:
         return _form("invite", token, asked, host=host)

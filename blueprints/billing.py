@@ -47,6 +47,7 @@ from core.audit import Actor
 from core.errors import Refusal
 from core.instance import Instance
 from core.keys import Key, NewSecret, Terms
+from core.payments.payment import MOST_UNITS
 from core.session_tokens import Issued
 from core.sessions import Seat
 from models import Tx
@@ -86,7 +87,7 @@ def _home(problem: Refusal | None = None, issued: Issued | None = None) -> Respo
         keys=shown, now=now, older=shown[-1].number if len(listed) > len(shown) else None,
         scopes=_scopes([]),
         entries=entries, payments=payments, words=KINDS, month=f"{month_of(None):%Y-%m}",
-        buying=_buying(found),
+        buying=_buying(found), paying=_paying(found),
     )  # fmt: skip
 
 
@@ -118,6 +119,28 @@ def _buying(found: Instance) -> Buying | None:
         examples.curl_of(url, "POST", "$FAREBOX_API_KEY", body), examples.paying_install(network),
         examples.paying(url, "POST", body, network, units, "FAREBOX_API_KEY"),
     )  # fmt: skip
+
+
+class Paying(NamedTuple):
+    """What a person with a wallet in their browser can buy, and where they can pay it."""
+
+    networks: list[str]
+    units_per_credit: int
+    least: int
+    most: int
+    usual: int
+
+
+def _paying(found: Instance) -> Paying | None:
+    """The same for this account; None where nothing is paid on Ethereum's networks."""
+    terms = found.settings.payments
+    if terms is None:
+        return None
+    networks = [each.id for each in terms.networks.values() if each.namespace == "eip155"]
+    most = min(terms.topup_max, MOST_UNITS // terms.units_per_credit)
+    if not networks or most < terms.topup_credits:
+        return None
+    return Paying(networks, terms.units_per_credit, terms.topup_min, most, terms.topup_credits)
 
 
 @blueprint.post("/redeem")

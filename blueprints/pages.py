@@ -13,12 +13,13 @@ from markupsafe import Markup
 
 from blueprints.rendering import instance, page
 from blueprints.visitors import CHOICE, Visitor, check_csrf, visitor
-from core import access, clock, errors, ledger, members, sessions, tokens, users
+from core import access, clock, errors, ledger, members, sessions, tokens, users, wallets
 from core.audit import Actor
 from core.errors import Refusal
 from core.ledger import Standing
 from core.payments import records
 from core.sessions import Seat
+from core.signed import messages
 from models import Tx
 
 T = TypeVar("T")
@@ -68,7 +69,7 @@ def register(app: Flask) -> None:
     """Give templates their words for numbers and times."""
     app.jinja_env.globals["new_id"] = tokens.new_id
     app.jinja_env.filters.update(
-        usdc=usdc, network=network,
+        usdc=usdc, network=network, person=person, way_in=way_in,
         number=number, counted=counted, plural=plural, when=when, dollars=dollars,
         day_field=day_field, worth=lambda credits: instance().worth(credits),
     )  # fmt: skip
@@ -180,7 +181,7 @@ def accounts_of(tx: Tx, user: users.User) -> list[Account]:
         owner = users.owner_of(tx, member.account_id)
         name = "Your account"
         if member.account_id != user.account_id:
-            name = f"{owner.email or owner.id}’s account" if owner else member.account_id
+            name = f"{users.name_of(tx, owner.id)}’s account" if owner else member.account_id
         standing = ledger.standing(tx, member.account_id)
         found.append(Account(member.account_id, name, member.role, standing))
     return sorted(found, key=lambda account: account.id != user.account_id)
@@ -189,6 +190,18 @@ def accounts_of(tx: Tx, user: users.User) -> list[Account]:
 def names_of(tx: Tx, user_ids: set[str]) -> dict[str, str]:
     """What to call people, those who have left included."""
     return {user_id: users.name_of(tx, user_id) for user_id in user_ids}
+
+
+def person(user_id: str) -> str:
+    """What to call somebody of whom only the id is at hand."""
+    with instance().db.reading() as tx:
+        return users.name_of(tx, user_id)
+
+
+def way_in(method: str) -> str:
+    """How somebody signed in."""
+    wallet = wallets.parse(method.removeprefix("wallet:"))
+    return method if wallet is None else f"wallet {messages.named(wallet).short}"
 
 
 def payments_of(tx: Tx, entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -7,10 +7,10 @@ from werkzeug.wrappers import Response as BaseResponse
 from blueprints import inviting
 from blueprints.api import require_owner
 from blueprints.inviting import Invitation
-from blueprints.pages import act, before, field, required, seat, show, whole
+from blueprints.pages import act, before, field, person, required, seat, show, whole
 from blueprints.rendering import instance
 from blueprints.signing import linking, unlinking
-from blueprints.visitors import sign_in, sign_out, visitor, with_password
+from blueprints.visitors import sign_in, sign_out, signed_message, visitor, with_password
 from core import clock, errors, keys, members, passwords, sessions, users, wallets
 from core.audit import Actor
 from core.errors import Refusal
@@ -25,6 +25,7 @@ blueprint.before_request(before)
 @blueprint.get("")
 @blueprint.get("/members")  # where the answers to forms are shown, and may be loaded again
 @blueprint.get("/password")
+@blueprint.get("/wallets")
 @login_required
 def home() -> Response:
     return _home()
@@ -39,6 +40,7 @@ def _home(problem: Refusal | None = None) -> Response:
             key=next((key for key in mine if key.status_at(now) == "active"), None),
             members=members.of_account(tx, who.account_id),
             wallets=wallets.of_account(tx, who.account_id),
+            own_wallets=wallets.of_account(tx, me.user.account_id),
             sessions=sessions.of_user(tx, who.user_id, now),
             identities=users.identities_of(tx, who.user_id),
             has_password=users.has_password(tx, who.user_id),
@@ -116,7 +118,7 @@ def member_terms(member_id: str) -> BaseResponse:
         act(work)
     except Refusal as refusal:
         return show("dashboard/member.html", problem=refusal, member=member)
-    flash(f"Changed {member.email or member.user_id}.")
+    flash(f"Changed {_called(member)}.")
     return redirect("/dashboard/settings", 303)
 
 
@@ -141,13 +143,17 @@ def remove_member(member_id: str) -> BaseResponse:
     except Refusal as refusal:
         return show("dashboard/remove_member.html", problem=refusal, member=member)
     leaves = member.user_id == visitor().user.id
-    flash("You have left that account." if leaves else f"Removed {member.email or member.user_id}.")
+    flash("You have left that account." if leaves else f"Removed {_called(member)}.")
     return redirect("/dashboard/settings", 303)
 
 
 def _member(member_id: str) -> Member:
     with instance().db.reading() as tx:
         return members.get(tx, member_id, seat().account_id)
+
+
+def _called(member: Member) -> str:
+    return member.email or person(member.user_id or "")
 
 
 def _terms() -> Terms:
@@ -166,7 +172,7 @@ def _terms() -> Terms:
 def link_wallet() -> BaseResponse:
     """Link the wallet that has signed a message."""
     try:
-        work = linking(*map(request.form.get, ("message", "signature"), ("", "")))
+        work = linking(*signed_message())
         found, is_new = act(work)
     except Refusal as refusal:
         return _home(refusal)
@@ -175,14 +181,23 @@ def link_wallet() -> BaseResponse:
     return redirect("/dashboard/settings", 303)
 
 
-@blueprint.post("/wallets/unlink")
+@blueprint.route("/wallets/unlink", methods=["GET", "POST"])
 @login_required
 def unlink_wallet() -> BaseResponse:
+    """Ask first; then the wallet is the person's no more."""
+    named = request.values.get("wallet", "")
+    with instance().db.reading() as tx:
+        mine = wallets.of_account(tx, visitor().user.account_id)
+    found = next((each.wallet for each in mine if each.wallet == wallets.parse(named)), None)
+    if request.method != "POST":
+        if found is None:
+            raise errors.not_found()
+        return show("dashboard/unlink_wallet.html", wallet=found)
     try:
-        act(unlinking(request.form.get("wallet", ""), visitor().session.id))
+        act(unlinking(named, visitor().session.id))
     except Refusal as refusal:
         return _home(refusal)
-    flash("Unlinked. It signs nothing here any more.")
+    flash(f"Unlinked {found.short if found else named}. It signs nothing here any more.")
     return redirect("/dashboard/settings", 303)
 
 

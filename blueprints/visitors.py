@@ -169,6 +169,13 @@ def check_csrf() -> None:
         raise _forged() from error
 
 
+def signed_message() -> tuple[str, str]:
+    """The message a form brings and its signature. Browsers end lines in CR LF on the way here
+    (HTML, form submission), and what was signed has none."""
+    message = request.form.get("message", "").replace("\r\n", "\n")
+    return message, request.form.get("signature", "")
+
+
 def local_path(wish: str | None, otherwise: str = "/dashboard") -> str:
     """Where to go next, if it is a path here: never another site."""
     return wish if wish and _HERE.fullmatch(wish) else otherwise

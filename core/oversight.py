@@ -16,14 +16,14 @@ class AccountRow(NamedTuple):
     standing: Standing
     open_calls: int
     created_at: int
-    owner: str | None  # an e-mail, or an id; where there is no user, a wallet
+    owner: str | None  # an e-mail, else a wallet, else an id
     spent: int
 
 
 _COLUMNS = (
     "a.id, a.status, a.status_reason, a.balance, a.held, a.open_calls, a.created_at,"
-    " COALESCE(u.email, u.id, (SELECT w.name FROM wallet w WHERE w.account_id = a.id"
-    " ORDER BY w.created_at, w.id LIMIT 1)),"
+    " COALESCE(u.email, (SELECT w.name FROM wallet w WHERE w.account_id = a.id"
+    " ORDER BY w.created_at, w.id LIMIT 1), u.id),"
     " (SELECT COALESCE(SUM(d.captured), 0) FROM call_day d"
     " WHERE d.account_id = a.id AND d.day >= :day)"
     " FROM account a LEFT JOIN user u ON u.account_id = a.id"

@@ -30,6 +30,7 @@ from core import (
     tokens,
     users,
     vouchers,
+    wallets,
 )  # fmt: skip
 from core import backup as backups
 from core.adapters import Inbound
@@ -142,10 +143,12 @@ def add_user(email: str, operator: bool, password_stdin: bool) -> None:
 @users_group.command("list")
 @plainly
 def list_users() -> None:
-    """One user a line: e-mail or id, account, whether operator, state if not active."""
+    """One user a line: e-mail, or wallet, or id; account, whether operator, state if not active."""
     with instance().db.reading() as tx:
         for user in users.every(tx):
-            fields = [user.email or user.id, user.account_id]
+            linked = [] if user.email else wallets.of_account(tx, user.account_id)
+            name = linked[0].wallet.name if linked else user.email or user.id
+            fields = [name, user.account_id]
             fields += ["operator"] * user.is_operator
             fields += [user.status] * (user.status != "active")
             click.echo(" ".join(fields))

@@ -122,6 +122,15 @@ def release(tx: Tx, account_id: str, key: str, call_id: str) -> None:
     )
 
 
+def move(tx: Tx, account_id: str, to: str) -> None:
+    """The keys of an account become another's, but for those it has used itself."""
+    tx.run(
+        "UPDATE idempotency SET account_id = :to WHERE account_id = :account AND NOT EXISTS"
+        " (SELECT 1 FROM idempotency i WHERE i.account_id = :to AND i.key = idempotency.key)",
+        {"account": account_id, "to": to},
+    )
+
+
 def prune(tx: Tx, now: int) -> int:
     """Forget answers older than a day, a batch at a time; how many."""
     return tx.run(

@@ -8,6 +8,7 @@ from typing import Any
 from core import (
     audit,
     errors,
+    idempotency,
     keys,
     ledger,
     links,
@@ -328,7 +329,8 @@ def by_wallet(tx: Tx, wallet: Wallet, is_open: bool, credits: int, now: int, cli
 
 def link_wallet(tx: Tx, wallet: Wallet, user: User, now: int, by: Actor) -> bool:
     """A wallet whose owner has signed for it becomes the person's; False if it was already. The
-    account that a payment had opened for it is merged into theirs.
+    account that a payment had opened for it is merged into theirs: credits, wallets and stored
+    answers, but no keys.
 
     Raises `wallet_linked` when it is somebody else's, and `conflict`, `account_suspended` when its
     own account cannot be merged now.
@@ -342,6 +344,8 @@ def link_wallet(tx: Tx, wallet: Wallet, user: User, now: int, by: Actor) -> bool
         wallets.add(tx, wallet, user.account_id, now)
     else:
         ledger.merge(tx, owner.account_id, user.account_id, f"from {wallet.name}", now, by)
+        keys.revoke_all(tx, now, by, account_id=owner.account_id)
+        idempotency.move(tx, owner.account_id, user.account_id)
         wallets.move(tx, owner.account_id, user.account_id)
     _note_linked(tx, wallet, user, now, by)
     return True

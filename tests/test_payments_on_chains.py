@@ -50,6 +50,8 @@ from market import (
 from payers import EvmWallet, encode
 from server import Answer, Farebox, until
 from settler import BASE, Settler
+from signers import EvmKey, Key, SolanaKey
+from signers import signed as signed_request
 from x402.http.utils import decode_payment_required_header, decode_payment_response_header
 
 from core import clock, ledger
@@ -1134,3 +1136,54 @@ def test_only_what_was_checked_reaches_the_facilitator(
     assert settle.requirements == offered
     assert json.loads(settle.body)["x402Version"] == 2
     assert payer.address not in json.dumps(settle.headers)
+
+
+# What is left, spent by signing
+
+
+def key_of(wallet: Wallet) -> Key:
+    """The key that has signed a wallet's payments, to sign requests with."""
+    if isinstance(wallet, EvmWallet):
+        return EvmKey(bytes(wallet.account.key))
+    return SolanaKey(bytes(wallet.keypair.secret()))
+
+
+def test_what_a_failed_call_has_left_is_spent_by_signing_and_then_paid_for_again(
+    box: Farebox, books: Books, place: Market, upstream: Upstream, payer: Wallet
+) -> None:
+    key, till, path = key_of(payer), Till(place, payer), "/api/v1/up/ok/left"
+
+    def ask(method: str, target: str, body: bytes = b"", **headers: str) -> Answer:
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        headers |= {"Content-Type": "application/json"} if body else {}
+        sent = headers | signed_request(key, method, box.url + target, body)
+        return box.request(method, target, body=body or None, headers=sent)
+
+    unknown = ask("GET", "/v1/account")
+    assert (unknown.status, unknown.code) == (401, "invalid_signature")
+    failed = by_requests(box, payer, "POST", "/api/v1/up/status/500", json={})
+    assert (failed.status, failed.json()["credited"], till.took()) == (502, 2, 2)
+    account = ask("GET", "/v1/account").json()
+    assert (account["wallet"], account["credits_remaining"]) == (payer.address, 2)
+    served = ask("POST", path, b"{}")
+    assert (served.status, served.headers["X-Credits-Remaining"]) == (200, "0")
+    assert "PAYMENT-RESPONSE" not in served.headers
+    short = ask("POST", path, b"{}")
+    assert (short.status, short.code) == (402, "insufficient_credits")
+    assert till.took() == 2
+    # One request that is signed and paid, as a Bearer's would be.
+    header = payer.header(challenge_of(short))
+    bought = ask("POST", path, b"{}", PAYMENT_SIGNATURE=header)
+    assert (bought.status, bought.headers["X-Credits-Charged"]) == (200, "2")
+    check_receipt(bought, payer)
+    again = ask("POST", path, b"{}", PAYMENT_SIGNATURE=header)
+    assert (again.status, again.headers["Idempotent-Replayed"]) == (200, "true")
+    assert (till.took(), books.credits(payer)) == (4, 0)
+    assert len(upstream.hits("/ok/left")) == 2
+    found = books.of(payer)
+    assert found is not None
+    assert books.entries(found.account) == [("topup", 2), ("capture", -2)] * 2
+    payers = books.rows(
+        "SELECT payer, status FROM call WHERE account_id = :a ORDER BY number", a=found.account
+    )
+    assert payers == [("x402", "voided"), ("wallet", "captured"), ("wallet", "captured")]

@@ -76,7 +76,7 @@ credits_per_request = 3
 
 @pytest.fixture(scope="module")
 def box(upstream_server: Upstream, start_farebox: StartFarebox) -> Farebox:
-    return start_farebox(CONFIG.format(url=upstream_server.url))
+    return start_farebox(CONFIG.format(url=upstream_server.url), workers=1)
 
 
 def solana_secret(key: SolanaKey) -> list[int]:

@@ -4,8 +4,10 @@ a wallet's key, through gunicorn; and so do libraries that know nothing of us.""
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from typing import Any
 import pytest
 from conftest import StartFarebox
 from doubles import Upstream, sse_event
+from inprocess import Box, Clock
 from rpc_server import need
 from server import Farebox
 
@@ -23,7 +26,10 @@ need("eth_account", "httpx", "solders")
 
 import httpx  # noqa: E402
 import requests  # noqa: E402
-from signers import EvmKey, SolanaKey  # noqa: E402
+from signers import EvmKey, SolanaKey, signed  # noqa: E402
+from test_wallets import sign_in  # noqa: E402
+
+from core.errors import KINDS  # noqa: E402
 
 CLIENTS = Path(__file__).resolve().parent.parent / "docs" / "clients"
 FOLDER = Path(__file__).resolve().parent / "wallets"
@@ -281,3 +287,93 @@ def test_a_library_for_message_signatures_is_understood(
 def the_folder_of_the_clients_is_forgotten() -> Iterator[None]:
     yield
     sys.path.remove(str(CLIENTS))
+
+
+# docs/wallets.md
+
+
+def blocks(language: str) -> list[str]:
+    text = (CLIENTS.parent / "wallets.md").read_text("utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.S)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_programs_of_the_document_run(
+    box: Farebox, number: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = blocks("python")[number]
+    key, is_evm = os.urandom(32), "EthereumWallet(" in program
+    secret = key.hex() if is_evm else str(SolanaKey(key).keypair)
+    session_token(box.url, EthereumWallet(secret) if is_evm else SolanaWallet(secret))
+    monkeypatch.setenv("WALLET_KEY", secret)
+    assert "http://127.0.0.1:8402" in program
+    exec(compile(program.replace("http://127.0.0.1:8402", box.url), "wallets.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert re.fullmatch([r"eyJ\S+\n", r"200 1\n", r"\['small'\]\n"][number], printed), printed
+
+
+def test_the_program_in_javascript_runs(box: Farebox, tmp_path: Path) -> None:
+    if shutil.which("node") is None or not (FOLDER / "node_modules" / "viem").is_dir():
+        pytest.skip("needs Node 18 or later, and what `make test` installs by npm")
+    (program,) = blocks("js")
+    key = EvmKey()
+    secret = f"0x{key.account.key.hex().removeprefix('0x')}"
+    session_token(box.url, EthereumWallet(secret))
+    (tmp_path / "node_modules").symlink_to(FOLDER / "node_modules")
+    shutil.copy(CLIENTS / "farebox-wallet.mjs", tmp_path)
+    (tmp_path / "program.mjs").write_text(program.replace("http://127.0.0.1:8402", box.url))
+    done = subprocess.run(
+        ["node", "program.mjs"], capture_output=True, text=True, timeout=60, cwd=tmp_path,
+        env=os.environ | {"WALLET_KEY": secret},
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("200 1\n", "")
+
+
+def test_the_worked_example_is_right_to_the_byte_and_would_be_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (CLIENTS.parent / "wallets.md").read_text("utf-8")
+    ((request,), (base,)) = blocks("http"), blocks("text")
+    base = base.rstrip("\n")
+    head, _, body = request.rstrip("\n").partition("\n\n")
+    first, *lines = head.split("\n")
+    method, path, _ = first.split()
+    headers = dict(line.split(": ", 1) for line in lines)
+    secret = re.findall(r"`(0x[0-9a-f]{64})`", text)[0]
+    evm, solana = EvmKey(secret), SolanaKey(bytes(range(32)))
+    assert f"`{len(base)}`" in text.partition("```text")[0].splitlines()[-2]
+
+    mine = signed(
+        evm, method, f"https://{headers['Host']}{path}", body.encode(),
+        created=1_800_000_000, nonce="b3k2pp5k7z-1",
+    )  # fmt: skip
+    assert {name: headers[name] for name in mine} == mine
+    assert base.splitlines()[-1].endswith(mine["Signature-Input"].removeprefix("sig="))
+    signature = base64.b64encode(evm.sign(base.encode())).decode()
+    assert headers["Signature"] == f"sig=:{signature}:"
+    theirs = base.replace(evm.wallet, solana.wallet)
+    other = base64.b64encode(solana.sign(theirs.encode())).decode()
+    assert f"`Signature: sig=:{other}:`" in text and f'keyid="{solana.wallet}"' in text
+
+    Clock(monkeypatch, "2027-01-15T08:00:00Z")
+    toml = CONFIG.format(url="http://127.0.0.1:9")
+    with Box(tmp_path / "i", toml, FAREBOX_PUBLIC_URL="https://api.example.com") as there:
+        for key, change in ((evm, {}), (solana, {"Signature": f"sig=:{other}:"})):
+            sign_in(there, key)
+            sent = {
+                name: each.replace(evm.wallet, key.wallet) for name, each in headers.items()
+            } | change
+            answer = there.request(
+                method, path, body=body.encode(), headers=sent, host="api.example.com"
+            )
+            assert answer.status == 200, answer.body
+
+
+def test_the_errors_of_the_document_are_those_there_are() -> None:
+    text = (CLIENTS.parent / "wallets.md").read_text("utf-8")
+    table = text.partition("## When it does not work")[2].partition("\n## ")[0]
+    named = re.findall(r"^\| ([45]\d\d) `([a-z_]+)` \|", table, re.M)
+    assert {code: int(status) for status, code in named} == {
+        code: KINDS[code].status for _, code in named
+    }
+    assert {"invalid_signature", "wallet_linked", "signup_closed"} <= {code for _, code in named}

@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from upstream import body_length
@@ -18,6 +19,7 @@ from upstream import body_length
 RAMP_SECONDS = 60.0
 DRAIN_SECONDS = 30.0
 UNREADABLE = 0
+Request = bytes | Callable[[], bytes]
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Result:
 class Tally:
     """What the connections of one round share."""
 
-    request: bytes
+    request: Request
     statuses: Counter[int] = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
     measuring: bool = False
@@ -77,7 +79,8 @@ class Connection(asyncio.Protocol):
             return
         self.in_flight = True
         self.sent_at = time.perf_counter()
-        self.transport.write(self.tally.request)
+        request = self.tally.request
+        self.transport.write(request if isinstance(request, bytes) else request())
 
     def data_received(self, data: bytes) -> None:
         buffer = self.buffer + data if self.buffer else data
@@ -114,9 +117,10 @@ async def keep_connected(port: int, tally: Tally, answered: asyncio.Event) -> No
 
 
 async def load(
-    port: int, request: bytes, connections: int = 64, seconds: float = 5.0, warmup: float = 1.0
+    port: int, request: Request, connections: int = 64, seconds: float = 5.0, warmup: float = 1.0
 ) -> Result:
-    """One round against 127.0.0.1:port; `request` is sent as it is, over and over."""
+    """One round against 127.0.0.1:port; `request` is sent as it is, over and over, or tells what is
+    sent each time."""
     tally = Tally(request)
     clients = []
     async with asyncio.timeout(RAMP_SECONDS):

@@ -1,9 +1,10 @@
 """`make bench`: what a metered call costs, beside the same call through bare Flask + urllib3.
 
-Metered twice: with an API key, and with a session token. Rounds alternate between all three,
-because the machine drifts more than they differ; both servers run under gunicorn with the same
-settings and are sent the same body. Every answer must be a 2xx, and at the end the ledger must have
-captured exactly one credit for each metered one. Exit code 0 only when all that holds.
+Metered four times: with an API key, with a session token, and signed by a wallet of either kind.
+Rounds alternate between all, because the machine drifts more than they differ; both servers run
+under gunicorn with the same settings and are sent the same body. Every answer must be a 2xx, and at
+the end the ledger must have captured exactly one credit for each metered one. Exit code 0 only when
+all that holds.
 """
 
 import argparse
@@ -25,7 +26,8 @@ from statistics import median
 from typing import NoReturn
 
 import upstream
-from load import Result, load, post
+from load import Request, Result, load, post
+from signing import Wallet
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -35,6 +37,7 @@ WHO = "bench@example.com"
 GRANT = 100_000_000
 WORKERS, THREADS = 2, 16
 START_SECONDS = 30.0
+MOST_PER_SECOND = 1200  # signed calls made ready for a round; any more are signed in it
 STOP_SECONDS = 15.0
 
 CONFIG = """\
@@ -64,7 +67,7 @@ class Side:
 
     name: str
     port: int
-    request: bytes
+    request: Request
     results: list[Result]
 
 
@@ -135,6 +138,8 @@ def first_answer(server: subprocess.Popen[bytes], port: int, headers: Mapping[st
 
 def measure(side: Side, connections: int, seconds: float) -> None:
     """One round, printed and kept."""
+    if isinstance(side.request, Wallet):
+        side.request.prepare(int(MOST_PER_SECOND * (seconds + 2)))
     result = asyncio.run(load(side.port, side.request, connections, seconds))
     side.results.append(result)
     trouble = {status: n for status, n in result.statuses.items() if not 200 <= status < 300}
@@ -148,25 +153,27 @@ def measure(side: Side, connections: int, seconds: float) -> None:
     )
 
 
-def print_table(bare: Side, *metered: Side) -> None:
+def print_table(bare: Side, key: Side, *others: Side) -> None:
     """The medians of all sides, and the ratios of the rounds that ran next to each other."""
-    print(f"\n{'median of rounds':<24}{'req/s':>10}{'p50 ms':>10}{'p99 ms':>10}")
+    metered = (key, *others)
+    print(f"\n{'median of rounds':<28}{'req/s':>10}{'p50 ms':>10}{'p99 ms':>10}")
     for side in (bare, *metered):
         rate = median(result.throughput for result in side.results)
         p50 = median(result.p50_ms for result in side.results)
         p99 = median(result.p99_ms for result in side.results)
-        print(f"{side.name:<24}{rate:>10.0f}{p50:>10.1f}{p99:>10.1f}")
-    print(f"\n{'beside bare':<24}{'min':>10}{'median':>10}{'max':>10}")
-    for side in metered:
-        _print_ratios(bare, side, "throughput", lambda result: result.throughput)
-        _print_ratios(bare, side, "p99", lambda result: result.p99_ms)
+        print(f"{side.name:<28}{rate:>10.0f}{p50:>10.1f}{p99:>10.1f}")
+    for beside, sides in ((bare, metered), (key, others)):
+        print(f"\n{f'beside {beside.name}':<28}{'min':>10}{'median':>10}{'max':>10}")
+        for side in sides:
+            _print_ratios(beside, side, "throughput", lambda result: result.throughput)
+            _print_ratios(beside, side, "p99", lambda result: result.p99_ms)
 
 
-def _print_ratios(bare: Side, side: Side, name: str, figure: Callable[[Result], float]) -> None:
-    pairs = zip(bare.results, side.results, strict=True)
-    values = sorted(figure(of_side) / figure(of_bare) for of_bare, of_side in pairs)
+def _print_ratios(beside: Side, side: Side, name: str, figure: Callable[[Result], float]) -> None:
+    pairs = zip(beside.results, side.results, strict=True)
+    values = sorted(figure(ours) / figure(other) for other, ours in pairs)
     label = f"{side.name} {name}"
-    print(f"{label:<24}{values[0]:>10.2f}{median(values):>10.2f}{values[-1]:>10.2f}")
+    print(f"{label:<28}{values[0]:>10.2f}{median(values):>10.2f}{values[-1]:>10.2f}")
 
 
 def check_books(env: Mapping[str, str], paid_answers: int) -> None:
@@ -201,7 +208,16 @@ def compare(folder: Path, rounds: int, connections: int, seconds: float) -> None
         return Side(name, farebox_port, post(farebox_port, ROUTE, BODY, bearer), [])
 
     bare = Side("bare", bare_port, post(bare_port, ROUTE, BODY), [])
-    sides = [bare, paid_with("API key", key), paid_with("session token", token)]
+    wallets = {
+        "ed25519 wallet": Wallet("solana", farebox_port, ROUTE, BODY),
+        "eip191 wallet": Wallet("eip155", farebox_port, ROUTE, BODY),
+    }
+    sides = [
+        bare,
+        paid_with("API key", key),
+        paid_with("session token", token),
+        *(Side(name, farebox_port, wallet, []) for name, wallet in wallets.items()),
+    ]
     gunicorn = str(BIN / "gunicorn")
     farebox_command = [gunicorn, "-c", "gunicorn.conf.py"]
     bare_address = f"127.0.0.1:{bare_port}"
@@ -214,6 +230,8 @@ def compare(folder: Path, rounds: int, connections: int, seconds: float) -> None
         metering = servers.enter_context(running(farebox_command, env, folder / "farebox.log"))
         first_answer(passing, bare_port, {})
         first_answer(metering, farebox_port, {"Authorization": f"Bearer {key}"})
+        for wallet in wallets.values():
+            wallet.link(token)
         for number in range(rounds):
             print(f"round {number + 1} of {rounds}", flush=True)
             # Who goes first alternates too, so that neither side always meets the warmer machine.

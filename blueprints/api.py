@@ -14,6 +14,7 @@ from blueprints.rendering import (
     instance,
     json_response,
     raw_path,
+    raw_target,
     request_ids,
 )
 from core import access, clock, errors, strict_json
@@ -49,6 +50,7 @@ def inbound() -> Inbound:
     return Inbound(
         request.method, raw_path(environ), environ.get("QUERY_STRING", ""), found,
         raw_body() if signed_requests.is_signed(found) else b"", request_ids(environ)[0],
+        raw_target(environ),
     )  # fmt: skip
 
 

@@ -133,8 +133,10 @@ def wallet_login() -> BaseResponse:
         return redirect("/login", 303)
     secret = tokens.new_secret()
 
+    here = origin("wallet")
+
     def started(tx: Tx, wallet: Wallet, user: User, now: int) -> tuple[User, Session]:
-        how = origin(f"wallet:{wallet.id}")
+        how = here._replace(method=f"wallet:{wallet.id}")
         return user, sessions.start(tx, user.id, how, now, secret)
 
     try:

@@ -5,7 +5,14 @@ from typing import Any
 from flask import Blueprint, Response, request
 
 from blueprints.api import number, raw_body
-from blueprints.rendering import client_address, headers, instance, json_response, request_ids
+from blueprints.rendering import (
+    client_address,
+    headers,
+    instance,
+    json_response,
+    raw_target,
+    request_ids,
+)
 from core import clock, errors, examples
 from core.adapters import Inbound
 from core.payments import topup, wire
@@ -20,7 +27,7 @@ def top_up() -> Response:
     """Credits for the Bearer's account or, without one, for the payer's wallet's."""
     inbound = Inbound(
         "POST", examples.TOP_UP, request.environ.get("QUERY_STRING", ""), headers(request.environ),
-        raw_body(), request_ids(request.environ)[0],
+        raw_body(), request_ids(request.environ)[0], raw_target(request.environ),
     )  # fmt: skip
     answer, told = topup.top_up(instance(), inbound, client_address(request.environ))
     return Response(answer.body, answer.status, dict(answer.headers) | told)

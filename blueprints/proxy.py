@@ -21,6 +21,7 @@ from blueprints.rendering import (
     is_challenge,
     prefers_html,
     raw_path,
+    raw_target,
     refusal,
     request_ids,
     unexpected,
@@ -79,7 +80,7 @@ class PaidRoutes:
                     request_id, call_id, environ["REQUEST_METHOD"], raw_path(environ),
                     environ.get("QUERY_STRING", ""), headers(environ), client_address(environ),
                     lambda limit: read_body(environ, limit),
-                    None if caller is None else caller.fileno(),
+                    None if caller is None else caller.fileno(), raw_target(environ),
                 ),
             )  # fmt: skip
         except Refusal as why:

@@ -61,10 +61,15 @@ def client_address(environ: Environ) -> str:
     return found
 
 
+def raw_target(environ: Environ) -> str:
+    """What stood in the request line, before any decoding."""
+    found: str = environ.get("RAW_URI") or environ.get("REQUEST_URI") or "/"
+    return found
+
+
 def raw_path(environ: Environ) -> str:
     """The path as it was sent, before any decoding."""
-    target: str = environ.get("RAW_URI") or environ.get("REQUEST_URI") or "/"
-    return target.partition("?")[0].partition("#")[0]
+    return raw_target(environ).partition("?")[0].partition("#")[0]
 
 
 def check_host(instance: Instance, environ: Environ) -> None:

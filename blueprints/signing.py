@@ -20,26 +20,35 @@ from models import Tx
 
 T = TypeVar("T")
 
+# Sign-ins of one network, with however many wallets, for one wallet's.
+_WALLETS_AT_ONCE = 10
+
 
 def with_message(message: str, signature: str, then: Callable[[Tx, Wallet, User, int], T]) -> T:
     """What is done for whoever signs in with a signed message, in one durable transaction.
 
     Raises `invalid_signature`, `signup_closed`, `account_suspended`, and `rate_limited` for a
-    network that signs too many people up.
+    wallet, or a network, that signs in too often, or a network that signs too many people up.
     """
     found, now, client = instance(), clock.now_ms(), client_address(request.environ)
     wallet, nonce = messages.read(found.settings, message, signature, now)
     section, most = found.settings.instance, found.settings.limits.failed_auth_per_minute
+    is_open, network = section.signup == "open", network_of(client)
+    # What is refused in a transaction has others' repeated that are committed with it, so what will
+    # be is found before.
     with found.db.reading() as tx:
-        is_known = wallets.owner_of(tx, wallet) is not None
-    if not is_known and section.signup == "open":
-        throttle((f"signup:{network_of(client)}", most))
+        is_known = users.let_in(tx, wallet, is_open) is not None
+        if nonces.is_used(tx, nonce):
+            raise _used()
+    throttle(
+        (f"wallet:{network}", most * _WALLETS_AT_ONCE),
+        (f"wallet:{wallet.id}", most),
+        *([] if is_known else [(f"signup:{network}", most)]),
+    )
 
     def work(tx: Tx) -> T:
+        user = users.by_wallet(tx, wallet, is_open, section.signup_credits, now, client)
         _use(tx, nonce)
-        is_open, credits = section.signup == "open", section.signup_credits
-        user = users.by_wallet(tx, wallet, is_open, credits, now, client)
-        users.require_active(user)
         return then(tx, wallet, user, now)
 
     return found.db.write(work, durable=True)
@@ -85,4 +94,8 @@ def _own(tx: Tx, who: Bearer | Seat) -> User:
 
 def _use(tx: Tx, nonce: nonces.Nonce) -> None:
     if not nonces.use(tx, nonce):
-        raise errors.invalid_signature("This message was used before; ask for another.")
+        raise _used()
+
+
+def _used() -> Refusal:
+    return errors.invalid_signature("This message was used before; ask for another.")

@@ -93,6 +93,15 @@ class Settings:
     secrets: frozenset[str]
 
     @property
+    def origin(self) -> str:
+        """Scheme, host and port of our addresses, in normal form (RFC 9110, 4.2.3)."""
+        parts = urlsplit(self.public_url)
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
+        default = {"http": 80, "https": 443}[parts.scheme]
+        port = "" if parts.port in (None, default) else f":{parts.port}"
+        return f"{parts.scheme}://{host}{port}"
+
+    @property
     def database_path(self) -> Path:
         return self.folder / "farebox.db"
 

@@ -37,7 +37,7 @@ from core.signed import nonces
 from core.signed import requests as signed_requests
 from core.signed.nonces import Nonce
 from core.users import User
-from core.wallets import Owner, Wallet
+from core.wallets import Wallet
 from models import Tx
 
 LONGEST_CREDENTIAL = 8192
@@ -112,7 +112,7 @@ def by_wallet(instance: Instance, wallet: Wallet, client: str, is_fresh: bool) -
     with instance.db.reading() as tx:
         owner = wallets.owner_of(tx, wallet)
     if owner is not None:
-        _require_active_owner(owner)
+        wallets.require_active(owner)
     account_id = "" if owner is None else owner.account_id
     subject = account_id if is_fresh and account_id else f"payer:{limits.network_of(client)}"
     default = instance.settings.limits.requests_per_minute
@@ -176,15 +176,15 @@ def _by_signature(instance: Instance, inbound: Inbound) -> Principal:
     """The principal of a request that its wallet has signed. Who signs learns whether the wallet is
     known here; nobody else does."""
     now = clock.now_ms()
-    signed = signed_requests.read(inbound, instance.settings.public_url, now)
+    signed = signed_requests.read(inbound, instance.settings.origin, now)
     with instance.db.reading() as tx:
         owner = wallets.owner_of(tx, signed.wallet)
         is_used = nonces.is_used(tx, signed.nonce)
     if owner is None:
         raise errors.invalid_signature("This wallet is not known here. Sign in with it first.")
+    wallets.require_active(owner)
     if is_used:
         raise _nonce_used()
-    _require_active_owner(owner)
     return Principal(
         "wallet",
         owner.account_id,
@@ -202,13 +202,6 @@ def _by_signature(instance: Instance, inbound: Inbound) -> Principal:
 
 def _nonce_used() -> errors.Refusal:
     return errors.invalid_signature("This signature was used before. Sign each request anew.")
-
-
-def _require_active_owner(owner: Owner) -> None:
-    """Raises `account_suspended`, for the account or for the person whose it is."""
-    for status, reason in ((owner.status, owner.reason), (owner.user_status, owner.user_reason)):
-        if status not in (None, "active"):
-            raise account_suspended(reason)
 
 
 def _by_session_token(instance: Instance, token: str, client: str) -> Principal:

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from core import access, idempotency, ledger, limits, wallets
+from core import access, calls, idempotency, ledger, limits, wallets
 from core.access import Principal
 from core.adapters import Inbound, Order
 from core.errors import Refusal
@@ -74,8 +74,11 @@ def admit(
     if principal.payer == "x402" and paid is None:
         # A payment is not a signature for the request: it opens no credits but its own.
         return _claim(tx, call, order, print_, most_calls, tender, rate)
-    if principal.payer == "x402" and paid is not None and paid.credits < order.price:
-        return Admission(rate, refusal=claims.already_used())
+    if principal.payer == "x402" and paid is not None:
+        # Whoever shows it may be anybody who has read the chain: it opens no credits but its own.
+        since = paid.decided_at or now
+        if paid.credits < order.price or calls.may_have_spent(tx, call.account_id, since):
+            return Admission(rate, refusal=claims.already_used())
     asked = order
     if order.fit is not None and principal.pays and paid is None:
         order = order.fit(_spendable(tx, principal, call))

@@ -16,6 +16,7 @@ _COLUMNS = (
 _NAMES = _COLUMNS.replace(" ", "").split(",")
 _NEWEST = 10**15
 _NEAR = 100  # numbers; it costs less to read as many calls in vain than to ask once more
+_RECENT = 1000  # calls of an account that are looked through for whether credits were spent
 _END_OF_TIME = 10**7 * clock.DAY_MS  # past every year that RFC 3339 can write
 STATUSES = ("held", "captured", "voided")
 SUMMARIES = ("member", "key", "route", "model", "day")  # what `summary` can group by
@@ -256,6 +257,20 @@ def _spans(tx: Tx, account_id: str, wanted: Filter, newest: int) -> list[tuple[i
         else:
             spans.append((low, high))
     return spans
+
+
+def may_have_spent(tx: Tx, account_id: str, since: int) -> bool:
+    """Whether an account has spent, or set aside, credits since then on calls that were not paid on
+    the spot, so that what a payment had left may be gone. In doubt, after very many calls, it has.
+    """
+    row = tx.row(
+        "SELECT 1 FROM account a"
+        " JOIN call c ON c.account_id = a.id AND c.number >= a.last_call - :n"
+        " WHERE a.id = :account AND c.created_at >= :since"
+        " AND (c.payer <> 'x402' AND c.status <> 'voided' OR c.number = a.last_call - :n) LIMIT 1",
+        {"account": account_id, "since": since, "n": _RECENT},
+    )
+    return row is not None
 
 
 def account_of(tx: Tx, call_id: str) -> str | None:

@@ -63,6 +63,7 @@ class Request(NamedTuple):
     client: str
     read_body: Callable[[int], bytes]  # raises `body_too_large` past so many bytes
     caller: int | None = None  # the socket the answer goes to
+    target: str = ""  # path and query as they stood in the request line
 
 
 @dataclass(slots=True)
@@ -150,7 +151,10 @@ def _read(route: Route, adapter: Adapter, request: Request) -> Inbound:
     if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
         raise Refusal("unsupported_media_type", "A body with a Content-Encoding is not accepted.")
     adapter.check_media_type(request.headers.get("content-type", ""))
-    return Inbound(request.method, request.path, request.query, request.headers, body, request.id)
+    return Inbound(
+        request.method, request.path, request.query, request.headers, body, request.id,
+        request.target,
+    )  # fmt: skip
 
 
 def _too_soon(instance: Instance, principal: Principal, inbound: Inbound) -> Refusal | None:

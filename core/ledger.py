@@ -366,25 +366,39 @@ def add_credits(
     return Standing(balance, held)
 
 
-def merge(tx: Tx, account_id: str, into: str, note: str, now: int, by: Actor) -> None:
-    """Move all credits of an account into another, and end it.
+def merge(tx: Tx, account_id: str, into: str, name: str, now: int, by: Actor) -> None:
+    """Move all credits of an account, which people know by that name, into another, and end it.
 
     Raises `conflict` while it has calls in flight, whose credits could come back to it, and
     `account_suspended`.
     """
     row = tx.row(
-        "SELECT status, status_reason, balance, open_calls FROM account WHERE id = :id",
+        "SELECT status, status_reason, balance, open_calls, last_topup_at FROM account"
+        " WHERE id = :id",
         {"id": account_id},
     )
     assert row is not None  # somebody's wallet has it
-    status, reason, balance, open_calls = row
+    status, reason, balance, open_calls, topped_up_at = row
     if status != "active":
         raise account_suspended(reason)
     if open_calls:
-        raise errors.Refusal("conflict", "It has calls in flight. Try again in a moment.")
+        raise errors.Refusal(
+            "conflict", "The account of this wallet has calls in flight. Try again in a moment."
+        )
     if balance:
-        add_credits(tx, account_id, "adjustment", -balance, f"merged:{account_id}", note, now)
-        add_credits(tx, into, "adjustment", balance, f"received:{account_id}", note, now)
+        for each, amount, note in (
+            (account_id, -balance, f"to {into}"),
+            (into, balance, f"from {name}"),
+        ):
+            reference = f"merged:{account_id}:{each}"
+            moved = add_credits(tx, each, "adjustment", amount, reference, note, now)
+            assert moved is not None  # an account is merged once
+    if topped_up_at is not None:
+        tx.run(
+            "UPDATE account SET last_topup_at = MAX(COALESCE(last_topup_at, 0), :at)"
+            " WHERE id = :id",
+            {"id": into, "at": topped_up_at},
+        )
     close_account(tx, account_id, now, by)
     audit.note(tx, by, "account.merged", now, into, account_id, credits=balance)
 

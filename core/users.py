@@ -20,6 +20,7 @@ from core import (
 )
 from core.audit import Actor
 from core.ledger import OPERATOR_ACCOUNT
+from core.payments import records
 from core.wallets import Wallet
 from models import Tx
 
@@ -306,25 +307,33 @@ def identities_of(tx: Tx, user_id: str) -> list[tuple[str, str]]:
 # Wallets
 
 
+def let_in(tx: Tx, wallet: Wallet, is_open: bool) -> wallets.Owner | None:
+    """Whose a wallet is that somebody signs in with; None for one nobody knows, which is let in if
+    sign-up `is_open`. Raises `signup_closed`, `account_suspended`."""
+    owner = wallets.owner_of(tx, wallet)
+    if owner is None and not is_open:
+        raise errors.Refusal(
+            "signup_closed", "This wallet is not known here, and sign-up is closed."
+        )
+    if owner is not None:
+        wallets.require_active(owner)
+    return owner
+
+
 def by_wallet(tx: Tx, wallet: Wallet, is_open: bool, credits: int, now: int, client: str) -> User:
     """Who signs in with a wallet: the person whose account has it. An account that a payment has
-    opened becomes theirs with its credits; for a wallet nobody knows there is a new one if
-    `is_open`, with `credits`. Raises `signup_closed`, `account_suspended`."""
-    owner, by = wallets.owner_of(tx, wallet), Actor(wallet.name, client)
+    opened becomes theirs with its credits; for a wallet nobody knows there is a new one, with
+    `credits`. Raises as `let_in` does."""
+    owner, by = let_in(tx, wallet, is_open), Actor(wallet.name, client)
     if owner is None:
-        if not is_open:
-            raise errors.Refusal(
-                "signup_closed", "This wallet is not known here, and sign-up is closed."
-            )
         user = sign_up(tx, None, None, credits, now, by)
         wallets.add(tx, wallet, user.account_id, now)
-        _note_linked(tx, wallet, user, now, by)
-        return user
-    if owner.status != "active":
-        raise ledger.account_suspended(owner.reason)
-    if owner.user_id is not None:
+    elif owner.user_id is not None:
         return get(tx, owner.user_id)
-    return add(tx, None, None, False, now, by, account_id=owner.account_id)
+    else:
+        user = add(tx, None, None, False, now, by, account_id=owner.account_id)
+    _note_linked(tx, wallet, user, now, by)
+    return user
 
 
 def link_wallet(tx: Tx, wallet: Wallet, user: User, now: int, by: Actor) -> bool:
@@ -343,7 +352,12 @@ def link_wallet(tx: Tx, wallet: Wallet, user: User, now: int, by: Actor) -> bool
     if owner is None:
         wallets.add(tx, wallet, user.account_id, now)
     else:
-        ledger.merge(tx, owner.account_id, user.account_id, f"from {wallet.name}", now, by)
+        if records.has_undecided(tx, owner.account_id):
+            raise errors.Refusal(
+                "conflict", "A payment for this wallet's account is being settled. Try again later."
+            )
+        ledger.merge(tx, owner.account_id, user.account_id, wallet.name, now, by)
+        records.move(tx, owner.account_id, user.account_id)
         keys.revoke_all(tx, now, by, account_id=owner.account_id)
         idempotency.move(tx, owner.account_id, user.account_id)
         wallets.move(tx, owner.account_id, user.account_id)

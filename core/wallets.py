@@ -100,6 +100,13 @@ def take_in(tx: Tx, wallet: Wallet, now: int) -> str:
     return account_id
 
 
+def require_active(owner: Owner) -> None:
+    """Raises `account_suspended`, for the account or for the person whose it is."""
+    for status, reason in ((owner.status, owner.reason), (owner.user_status, owner.user_reason)):
+        if status not in (None, "active"):
+            raise ledger.account_suspended(reason)
+
+
 def still_signs(wallet: Wallet, account_id: str) -> Guard:
     """What must hold when a wallet's credits are set aside: it is the account's, whose person, if
     there is one, is let in."""

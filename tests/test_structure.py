@@ -185,7 +185,7 @@ def transactions(tree: ast.AST) -> list[ast.AST]:
         if isinstance(node, ast.Call):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else None
             called = node.func.id if isinstance(node.func, ast.Name) else called
-            if called in ("act", "operate", "write"):
+            if called in ("act", "operate", "write", "with_message"):
                 given = [*node.args, *(keyword.value for keyword in node.keywords)]
                 found += [part for part in given if isinstance(part, ast.Lambda)]
                 handed |= {part.id for part in given if isinstance(part, ast.Name)}

@@ -18,6 +18,7 @@ class Inbound(NamedTuple):
     headers: Mapping[str, str]  # by lower-case name
     body: bytes
     request_id: str
+    target: str = ""  # path and query as they stood in the request line, for who has signed them
 
 
 class Order(NamedTuple):

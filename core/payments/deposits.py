@@ -22,6 +22,8 @@ def deposit(tx: Tx, record: Record, now: int) -> tuple[str, bool]:
         if known.status != "settled":
             log.error("payment %s was settled for a claim that is no more", record.id)
         return known.account_id or "", False
+    # What was claimed may be for another account by now.
+    record = known._replace(transaction_id=record.transaction_id)
     wallet = Wallet(record.wallet, record.wallet_name)
     account_id = record.account_id or wallets.take_in(tx, wallet, now)
     claims.let_go(tx, record)

@@ -277,6 +277,24 @@ def use(tx: Tx, payment_id: str, call_id: str | None, answer_key: str) -> None:
     )
 
 
+def has_undecided(tx: Tx, account_id: str) -> bool:
+    """Whether it is not known yet how a payment for that account ends."""
+    return bool(
+        tx.row(
+            f"SELECT 1 FROM payment WHERE {_IS_UNDECIDED} AND account_id = :account LIMIT 1",
+            {"account": account_id},
+        )
+    )
+
+
+def move(tx: Tx, account_id: str, to: str) -> None:
+    """What may still be settled for an account that has moved into another is for that one."""
+    tx.run(
+        "UPDATE payment SET account_id = :to WHERE account_id = :account AND status <> 'settled'",
+        {"account": account_id, "to": to},
+    )
+
+
 def by_ids(tx: Tx, ids: Iterable[str]) -> dict[str, Record]:
     """Those of these payments that there are, by id."""
     found = (by_id(tx, payment_id) for payment_id in ids)

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from core import access, clock, errors, idempotency, strict_json
+from core import access, clock, errors, idempotency, ledger, strict_json
 from core.access import Principal
 from core.adapters import Inbound, Order
 from core.errors import Refusal
@@ -16,6 +16,8 @@ from core.payments.claims import Answered, Tender
 from core.payments.records import Record
 from core.payments.till import Till, payment_required
 from models import Tx
+
+_NO_LIMIT = 10**9  # of calls in flight: buying credits is none
 
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
@@ -107,6 +109,10 @@ def _admit(
         return _Admission(rate, refusal=known)
     if not isinstance(tender, Tender):
         return _Admission(rate, refusal=tender or payment_required())
+    if principal.account_id:
+        closed = ledger.why_not_held(tx, principal.account_id, 0, _NO_LIMIT)
+        if closed is not None:
+            return _Admission(rate, refusal=closed)
     claimed = claims.claim(tx, tender, now)
     if isinstance(claimed, Refusal):
         return _Admission(rate, refusal=claimed)

@@ -5,13 +5,10 @@ Nothing is kept of a message that was handed out: its nonce proves that we wrote
 what was used, so that a message is good once.
 """
 
-import base64
-import binascii
 import hashlib
 import hmac
 import re
 from typing import NamedTuple, NoReturn
-from urllib.parse import urlsplit
 
 from config import Settings, base58
 from config.eip55 import checksummed
@@ -89,7 +86,7 @@ def _written(settings: Settings, wallet: Wallet, random: str, issued_at: int) ->
     proof = tokens.keyed_digest(key, f"{wallet.id} {random} {issued}").hex()[:_PROOF]
     nonce = random + proof
     message = (
-        f"{urlsplit(settings.public_url).netloc} wants you to sign in with your"
+        f"{settings.origin.partition('://')[2]} wants you to sign in with your"
         f" {_CHAINS[wallet.namespace]} account:\n{address}\n\n"
         "Sign in to Farebox, or link this wallet to your account there. This costs nothing.\n\n"
         f"URI: {settings.public_url}\nVersion: 1\nChain ID: {_chain(settings, wallet)}\n"
@@ -121,12 +118,9 @@ def _signature(wallet: Wallet, text: str) -> bytes | None:
     if wallet.namespace == "eip155":
         found = re.fullmatch(r"0x([0-9a-fA-F]{130})", text)
         return None if found is None else bytes.fromhex(found[1])
-    if not text.endswith("=="):  # as 64 bytes in base64 always do
-        return base58.decode(text, 64)
-    try:
-        return base64.b64decode(text, validate=True)
-    except binascii.Error:
-        return None
+    if text.endswith("=="):  # as 64 bytes in base64 always do
+        return signatures.from_base64(text)
+    return base58.decode(text, 64)
 
 
 def _refuse(why: str) -> NoReturn:

@@ -4,14 +4,11 @@ Taken is what RFC 8941 calls the canonical form of `Signature-Input`, `Signature
 `Content-Digest` (RFC 9530), which is what libraries write. A request has one signature.
 """
 
-import base64
-import binascii
 import hashlib
 import hmac
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 from core import clock, errors, wallets
 from core.adapters import Inbound
@@ -47,18 +44,9 @@ def is_signed(headers: Mapping[str, str]) -> bool:
     return "signature-input" in headers or "signature" in headers
 
 
-def origin(public_url: str) -> str:
-    """Scheme, host and port of an address, normal as RFC 9421, 2.2.2, asks (RFC 9110, 4.2.3)."""
-    parts = urlsplit(public_url)
-    default = {"http": 80, "https": 443}[parts.scheme]
-    host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
-    port = "" if parts.port in (None, default) else f":{parts.port}"
-    return f"{parts.scheme}://{host}{port}"
-
-
-def read(inbound: Inbound, public_url: str, now: int) -> Signed:
-    """Whose request it is, and the nonce it uses up. The whole request is what was signed: method,
-    address, and body if there is one. Raises `invalid_signature`."""
+def read(inbound: Inbound, here: str, now: int) -> Signed:
+    """Whose request it is, and the nonce it uses up. What was signed is the whole request: method,
+    body if there is one, and address, which begins with `here`. Raises `invalid_signature`."""
     given = inbound.headers.get("signature-input", "")
     if len(given) > _LONGEST:
         raise _bad("Signature-Input is too long")
@@ -77,7 +65,6 @@ def read(inbound: Inbound, public_url: str, now: int) -> Signed:
     missing = sorted(needed - set(components))
     if missing:
         raise _bad(f"it does not cover {', '.join(missing)}")
-    here = origin(public_url)
     lines = [f'"{name}": {_value(inbound, here, name)}' for name in components]
     base = "\n".join([*lines, f'"@signature-params": {found[2]}'])
     signature = _signature(inbound.headers.get("signature", ""), found[1])
@@ -130,21 +117,20 @@ def _check_body(inbound: Inbound) -> None:
 def _value(inbound: Inbound, here: str, component: str) -> str:
     """What a component of the request is (RFC 9421, 2.1 and 2.2). Its address is the one by which
     we are known, whatever a proxy before us has made of it."""
-    query = f"?{inbound.query}" if inbound.query else ""
     if component == "@method":
         return inbound.method
     if component == "@target-uri":
-        return here + inbound.path + query
+        return here + inbound.target
     if component == "@authority":
         return here.partition("://")[2]
     if component == "@path":
         return inbound.path
     if component == "@query":
-        return query or "?"
+        return f"?{inbound.query}"
     value = None if component.startswith("@") else inbound.headers.get(component)
     if value is None:
         raise _bad(f"it covers {component}, which is not there or not known here")
-    return value.strip()
+    return value.strip(" \t")
 
 
 def _signature(header: str, label: str) -> bytes:
@@ -155,12 +141,8 @@ def _signature(header: str, label: str) -> bytes:
 
 
 def _bytes(text: str) -> bytes:
-    """The bytes that a text in base64 spells; each has one spelling."""
-    try:
-        found = base64.b64decode(text, validate=True)
-    except binascii.Error:
-        found = b""
-    if base64.b64encode(found).decode() != text:
+    found = signatures.from_base64(text)
+    if found is None:
         raise _bad("it holds something that is not base64")
     return found
 

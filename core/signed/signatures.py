@@ -3,6 +3,8 @@
 The libraries are loaded when the first wallet signs: an instance without wallets pays nothing.
 """
 
+import base64
+
 from config import base58
 from core.wallets import Wallet
 
@@ -34,6 +36,15 @@ def signer(digest: bytes, signature: bytes) -> str | None:
     except ValueError:
         return None
     return "0x" + keccak(key.format(compressed=False)[1:])[-20:].hex()
+
+
+def from_base64(text: str) -> bytes | None:
+    """The bytes that a text spells; each has one spelling."""
+    try:
+        found = base64.b64decode(text, validate=True)
+    except ValueError:
+        return None
+    return found if base64.b64encode(found).decode() == text else None
 
 
 def keccak(data: bytes) -> bytes:

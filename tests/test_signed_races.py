@@ -297,15 +297,16 @@ def test_requests_signed_by_a_library_are_taken(
     }
 
 
-def test_what_a_server_makes_of_headers_is_refused_or_is_what_was_sent(
+def test_what_a_server_makes_of_a_request_is_refused_or_is_what_was_sent(
     holders: dict[str, Holder],
 ) -> None:
-    """Sent twice, folded, with an underscore, in other capitals: as a raw client may."""
+    """Headers that are sent twice, with an underscore, in other capitals, and a target that is
+    written otherwise: as a raw client may."""
     who = holders["2 solana"]
 
-    def ask(*lines: str, headers: dict[str, str]) -> int:
+    def ask(*lines: str, headers: dict[str, str], target: str = "/v1/account") -> int:
         head = [f"{name}: {value}" for name, value in headers.items()]
-        first = ["GET /v1/account HTTP/1.1", f"Host: 127.0.0.1:{who.box.port}", "Connection: close"]
+        first = [f"GET {target} HTTP/1.1", f"Host: 127.0.0.1:{who.box.port}", "Connection: close"]
         with who.box.connect() as sock:
             sock.sendall("\r\n".join([*first, *head, *lines, "", ""]).encode("latin-1"))
             with sock.makefile("rb") as answer:
@@ -321,6 +322,13 @@ def test_what_a_server_makes_of_headers_is_refused_or_is_what_was_sent(
         assert ask(f"{name}: {other[name]}", headers=sent) == 401
         spelled = {name.upper(): f"  {value}\t" for name, value in fresh().items()}
         assert ask(headers=spelled) == 200
+    for target in (
+        "/v1/account?", "/v1/account#x", "/v1/account?#", "/v1/accoun%74", "//v1/account",
+        f"{who.box.url}/v1/account", "/v1/./account", "/v1/account;x",
+    ):  # fmt: skip
+        sent = fresh()
+        assert ask(headers=sent, target=target) in (400, 401, 404), target
+        assert ask(headers=sent) == 200, target
     # A proxy may not tell the two apart, so that nobody may say one and mean the other.
     sent, other = fresh(), fresh()["Signature-Input"]
     assert ask(f"Signature_Input: {other}", headers=sent) in (200, 400)

@@ -473,6 +473,48 @@ def test_a_payment_whose_end_comes_late_is_the_accounts_that_has_the_wallet_then
     assert answer.json() == {"success": True, "creditsAdded": 50, "credits": 70}
 
 
+def test_an_account_is_merged_once_it_is_known_how_its_payments_ended(
+    box: Box, facilitator: Facilitator
+) -> None:
+    key, me = SolanaKey(), person(box)
+    top_up(box, key)
+    made = box.cli("keys", "add", key.wallet, "--name", "of the operator").stdout.strip()
+    late = Payment(box, EvmKey(), TOP_UP, b'{"credits": 50}')
+    facilitator.vague = True
+    try:
+        paid = late.send(Authorization=f"Bearer {made}")
+        assert told(paid) == (503, "payment_unconfirmed")
+    finally:
+        facilitator.vague = False
+    payment = paid.json()["payment"]
+    body = message_of(box, key)
+    refused = box.post(WALLETS, me.token, body)
+    assert told(refused) == (409, "conflict") and "being settled" in refused.json()["message"]
+    assert box.cli("payments", "reconcile", payment, "--refused").exit_code == 0
+    assert box.post(WALLETS, me.token, body).status == 201
+    # That money moved is a fact, and stands over what somebody concluded.
+    done = box.cli("payments", "reconcile", payment, "--settled", f"0x{'5f' * 32}")
+    assert done.exit_code == 0, done.output
+    assert account_of(box, me.token)["credits"] == 70
+
+
+def test_a_merged_account_says_where_its_credits_went_and_when_they_were_bought(box: Box) -> None:
+    key, me = EvmKey(), person(box)
+    assert box.get("/v1/account", me.token).json()["last_topup_at"] is None
+    top_up(box, key)
+    before = of_wallet(box, key)
+    bought = box.row("SELECT last_topup_at FROM account WHERE id = :id", id=before)
+    linked(box, key, me.token)
+    notes = box.instance.db.rows(
+        "SELECT account_id, note FROM entry WHERE kind = 'adjustment' AND account_id IN (:a, :b)",
+        {"a": before, "b": me.account},
+    )
+    assert set(notes) == {(before, f"to {me.account}"), (me.account, f"from {key.wallet}")}
+    shown = box.get("/v1/account", me.token).json()
+    assert shown["last_topup_at"] == clock.rfc3339(bought[0])
+    assert shown["wallet"] == key.address
+
+
 def test_wallets_of_an_earlier_version_sign_after_the_upgrade(
     toml: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

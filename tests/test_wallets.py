@@ -603,30 +603,51 @@ def test_a_wallet_signs_in_to_whichever_account_its_person_is_a_member_of(box: B
     assert box.instance.db.row("SELECT 1 FROM wallet WHERE id = :id", {"id": new.wallet}) is None
 
 
-def test_sign_ups_of_one_network_are_counted_and_those_who_are_known_are_not(
-    tmp_path: Path,
-) -> None:
+def within_a_minute(work: Callable[[], list[int]], expected: list[int]) -> None:
+    """It comes to that where no minute ends in its midst, which happens once at most."""
+    found = work()
+    if found != expected:
+        found = work()
+    assert found == expected
+
+
+def test_sign_ups_of_one_network_and_sign_ins_of_one_wallet_are_counted(tmp_path: Path) -> None:
     with Box(tmp_path / "i", CONFIG.format(signup="open", most=3)) as box:
-        key = SolanaKey()
-        found: list[Answer] = []
-        for _ in range(3):  # a minute may end in the midst of one round, not of two
-            found = [
-                box.request("POST", TOKENS, value=message_of(box, SolanaKey()), client="192.0.2.1")
-                for _ in range(4)
-            ]
-            if [answer.status for answer in found] == [201, 201, 201, 429]:
-                break
-        assert [answer.status for answer in found] == [201, 201, 201, 429]
-        assert int(found[-1].headers["Retry-After"]) <= 60
-        body = message_of(box, key)
-        late = box.request("POST", TOKENS, value=body, client="192.0.2.1")
-        assert told(late) in ((429, "rate_limited"), (201, None))
-        if late.status == 429:
-            elsewhere = box.request("POST", TOKENS, value=body, client="203.0.113.9")
-            assert elsewhere.status == 201
-        for _ in range(5):
-            again = box.request("POST", TOKENS, value=message_of(box, key), client="192.0.2.1")
-            assert again.status == 201
+
+        def in_from(client: str, key: Key) -> Answer:
+            return box.request("POST", TOKENS, value=message_of(box, key), client=client)
+
+        networks = (f"10.0.{n // 250}.{n % 250}" for n in count(1))
+
+        def four_strangers() -> list[int]:
+            network = next(networks)
+            keys = [SolanaKey() for _ in range(4)]
+            found = [in_from(network, key).status for key in keys]
+            # Who is known by then comes in from there all the same, and strangers from elsewhere.
+            assert in_from(network, keys[0]).status == 201
+            assert in_from(next(networks), SolanaKey()).status == 201
+            return found
+
+        within_a_minute(four_strangers, [201, 201, 201, 429])
+
+        def one_wallet() -> list[int]:
+            key = SolanaKey()
+            found = [in_from(next(networks), key) for _ in range(4)]
+            assert found[3].status == 201 or 0 < int(found[3].headers["Retry-After"]) <= 60
+            return [answer.status for answer in found]
+
+        within_a_minute(one_wallet, [201, 201, 201, 429])
+
+        def known_ones() -> list[int]:
+            network, found = next(networks), []
+            for _ in range(11):
+                keys = [SolanaKey() for _ in range(3)]
+                for key in keys:
+                    in_from(next(networks), key)
+                found += [in_from(network, key).status for key in keys]
+            return found
+
+        within_a_minute(known_ones, [201] * 30 + [429] * 3)
         # What is not signed counts for nothing.
         bad = message_of(box, SolanaKey()) | {"signature": SolanaKey().sign_text("something")}
         for _ in range(8):

@@ -5,16 +5,20 @@ from __future__ import annotations
 
 import re
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from browser import PASSWORD
 from inprocess import Box, CheapSecret, Payer
 from people import Person
 
-from core import clock, keys, ledger, links, members, sessions, tokens, users, vouchers
+from core import clock, keys, ledger, links, members, sessions, tokens, users, vouchers, wallets
 from core.audit import Actor
 from core.keys import Terms
 from core.sessions import Origin
+from core.signed import messages
+
+if TYPE_CHECKING:
+    from signers import SolanaKey
 
 ANOTHER_PASSWORD = "another-long-enough-pass-phrase"
 # They change nothing in the database even for who may: what they do is elsewhere, or only shown.
@@ -58,6 +62,12 @@ def filled(box: Box, rule: str, whose: Person) -> tuple[str, dict[str, str]]:
     if rule in ("/setup", "/reset", "/invite"):
         fields["token"] = made.link(rule[1:])
     path = re.sub(r"<(?:\w+:)?(\w+)>", lambda found: str(getattr(made, found[1])), rule)
+    if rule.endswith("/wallets/unlink"):  # whose page must know which, too
+        made.linked()
+        fields["wallet"] = made.linked().wallet
+        path += f"?wallet={fields['wallet']}"
+    if rule in ("/login/wallet", "/dashboard/settings/wallets"):
+        fields |= made.signed_message(is_linked=rule == "/login/wallet")
     return path, fields
 
 
@@ -180,6 +190,24 @@ class _Things:
 
         self._write(work)
         return {"issuer": issuer, "subject": subject}
+
+    def linked(self) -> SolanaKey:
+        """The key of a wallet of the person."""
+        from signers import SolanaKey  # what few tests have a use for
+
+        key, account = SolanaKey(), self._whose.account
+        wallet = wallets.Wallet.of("solana", key.address)
+        self._write(lambda tx: wallets.add(tx, wallet, account, self._now))
+        return key
+
+    def signed_message(self, *, is_linked: bool) -> dict[str, str]:
+        """Of a wallet of the person, or of one that is nobody's yet."""
+        key = self.linked()
+        wallet = wallets.Wallet.of("solana", key.address)
+        if not is_linked:
+            self._write(lambda tx: wallets.remove(tx, wallet))
+        text = messages.challenge(self._box.settings, wallet, self._now).message
+        return {"message": text, "signature": key.sign_text(text)}
 
     def link(self, purpose: str) -> str:
         """The token of a one-time link; an invitation is to somebody else's account."""

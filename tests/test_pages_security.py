@@ -142,6 +142,8 @@ def may_see(role: str, rule: str) -> int:
         return 303
     if rule.startswith("/admin"):
         return 200 if role == "operator" else 403
+    if rule.endswith("/wallets/unlink"):
+        return 200 if role == "owner" else 404
     is_inside = role in ("member", "second", "owner")
     if "<" in rule and not is_inside:
         return 404
@@ -197,6 +199,8 @@ def may_do(role: str, rule: str) -> tuple[int, bool]:
     if role in ("stranger", "operator"):
         return 404, False
     if role == "member" and ("<key_id>" in rule or "/settings/members" in rule):
+        return 403, False
+    if role != "owner" and "/settings/wallets" in rule:
         return 403, False
     return -1, rule != "/dashboard/account"
 

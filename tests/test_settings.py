@@ -65,8 +65,8 @@ def test_headings_and_buttons_are_called_as_agreed(box: Box, me: Visit) -> None:
     box_key = me.press("/dashboard/billing", "Quick: Cursor / agent key").taken("secret")
     page = me.open(SETTINGS)
     assert page.headings() == [
-        "Settings", "Profile", "Password", "API key", "Members", "Invite somebody",
-        "Where you are signed in",
+        "Settings", "Profile", "Password", "API key", "Wallets", "Link a wallet", "Members",
+        "Invite somebody", "Where you are signed in",
     ]  # fmt: skip
     assert page.buttons(page.section("API key")) == ["Regenerate"]
     assert page.buttons(page.section("Members")) == ["Change", "Invite"]

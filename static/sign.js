@@ -2,7 +2,8 @@
 
 import { Trouble, offer, post, say } from "/static/wallets.js";
 
-const form = document.getElementById("wallet-form");
+const place = document.getElementById("wallet-form");
+const form = place.querySelector("form");
 let latest = 0; // whoever presses again begins anew, and what came of the one before is let go
 
 async function begin(wallet) {
@@ -14,21 +15,21 @@ async function begin(wallet) {
     return done;
   };
   try {
-    say(form, `Waiting for ${wallet.name}: answer there.`);
+    say(place, `Waiting for ${wallet.name}: answer there.`);
     const account = await step(wallet.connect());
     const asked = await step(post("/api/v1/wallets/challenge", { wallet: account.id }));
     if (asked.status !== 200) throw new Trouble(asked.body.message ?? "The server refused. Try again.");
     const { message } = asked.body;
-    say(form, `Waiting for ${wallet.name}: sign the message there. It costs nothing.`);
+    say(place, `Waiting for ${wallet.name}: sign the message there. It costs nothing.`);
     const signature = await step(wallet.signText(account, message));
     await step(wallet.require(account));
     form.elements.message.value = message;
     form.elements.signature.value = signature;
-    say(form, "Signed. One moment …");
+    say(place, "Signed. One moment …");
     form.submit();
   } catch (error) {
-    if (mine === latest) say(form, wallet.words(error), true);
+    if (mine === latest) say(place, wallet.words(error), true);
   }
 }
 
-offer(form, form.dataset.verb, begin);
+offer(place, place.dataset.verb, begin);

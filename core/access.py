@@ -322,17 +322,20 @@ def arrive(
     """Count an attempt under that subject, and use up what may be used once: the state of the rate,
     and why the attempt goes no further. That is returned, so that the attempt stays counted.
 
-    A nonce is used up in the transaction that decides about its request. It need not be on the disk
-    by then: what it pays for is captured in a later transaction that is.
+    A nonce is used up in the transaction that decides about its request, and not by a request that
+    comes too soon: nothing was done for it, and nobody fills the database that way. It need not be
+    on the disk by then: what it pays for is captured in a later transaction that is.
     """
-    if principal.nonce is not None and not nonces.use(tx, principal.nonce):
-        return None, _nonce_used()
     rate = None
     if principal.rate_limit is not None:
         rate = limits.spend_rate(tx, subject, principal.rate_limit, now)
+        if rate.exceeded:
+            return rate, rate.refusal()
+    if principal.nonce is not None and not nonces.use(tx, principal.nonce):
+        return rate, _nonce_used()
     if principal.key is not None:
         keys.note_use(tx, principal.key, now)
-    return rate, rate.refusal() if rate is not None and rate.exceeded else None
+    return rate, None
 
 
 def reassert(tx: Tx, principal: Principal) -> Bearer:

@@ -245,3 +245,22 @@ def test_an_address_is_signed_as_every_client_writes_it(
         assert text.startswith(f"{host} wants you to sign in with your Ethereum account:\n")
         headers = signed(key, "GET", f"{origin}/v1/account") | {"Host": host}
         assert box.request("GET", "/v1/account", headers=headers).status == 200
+
+
+def test_a_request_that_comes_too_soon_uses_no_nonce_and_leaves_none(tmp_path: Path) -> None:
+    toml = (
+        '[upstreams.sandbox]\nkind = "sandbox"\n[[routes]]\nmethods = ["POST"]\nadapter = "sms"\n'
+        f'path = "{SMS}"\nupstream = "sandbox"\ncredits = 1\n[limits]\nrequests_per_minute = 2\n'
+    )
+    with Box(tmp_path / "instance", toml) as box:
+        key = EvmKey()
+        box.grant(payers_account(box, key), 100)
+        body = json.dumps(TEXT).encode()
+        sent = [signed(key, "POST", HERE + SMS, body) for _ in range(12)]
+        json_body = {"Content-Type": "application/json"}
+        answers = [box.request("POST", SMS, body=body, headers=each | json_body) for each in sent]
+        served = [answer.status == 200 for answer in answers]
+        assert {answer.code for answer in answers if answer.status != 200} == {"rate_limited"}
+        assert box.row("SELECT COUNT(*) FROM used_nonce") == (sum(served),)
+        late = answers[served.index(False)]
+        assert int(late.headers["Retry-After"]) <= 60

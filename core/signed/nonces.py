@@ -6,7 +6,7 @@ from core import clock, tokens
 from models import Tx
 
 # They are kept for a while after nobody would take them any more, because a clock may step back.
-_GRACE_MS = 10 * clock.MINUTE_MS
+_GRACE_MS = 60 * clock.MINUTE_MS
 PRUNED_AT_ONCE = 10_000
 
 

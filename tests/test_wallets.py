@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -390,6 +390,25 @@ def test_a_message_that_says_something_else_is_none_of_ours(box: Box, old: str, 
         changed = text.replace(old, new, 1)
         answer = box.post(TOKENS, value={"message": changed, "signature": key.sign_text(changed)})
         assert told(answer) == REFUSED
+
+
+@KINDS
+def test_a_message_is_not_made_anew_from_one_that_we_wrote(box: Box, kind: str) -> None:
+    """Its wallet signs it, it names the right nonce by its form, and is of now."""
+    key = new_key(kind)
+    text = challenged(box, key.wallet)["message"]
+    found = SIWE.fullmatch(text)
+    assert found is not None
+    nonce = found["nonce"]
+    other = ("0" if nonce[0] != "0" else "1") + nonce[1:]
+    later = text
+    for name in ("issued", "expires"):
+        moved = datetime.fromisoformat(found[name]) - timedelta(minutes=1)
+        later = later.replace(found[name], f"{moved:%Y-%m-%dT%H:%M:%SZ}")
+    for changed in (text.replace(nonce, other), later):
+        assert changed != text and SIWE.fullmatch(changed)
+        answer = box.post(TOKENS, value={"message": changed, "signature": key.sign_text(changed)})
+        assert told(answer) == REFUSED and "none of ours" in answer.json()["message"]
 
 
 def test_a_message_for_one_wallet_is_good_for_no_other(box: Box) -> None:

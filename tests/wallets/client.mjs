@@ -1,7 +1,7 @@
 // What the client of docs/clients and independent libraries make of a Farebox, as JSON, for
 // test_wallet_clients.py. The keys are told; who signs is told apart by name.
 import httpMessageSignatures from "http-message-signatures";
-import { createHash } from "node:crypto";
+import { createHash, randomUUID } from "node:crypto";
 import nacl from "tweetnacl";
 import { privateKeyToAccount } from "viem/accounts";
 import {
@@ -75,7 +75,7 @@ async function library(id, alg, sign) {
       key: { id, alg, sign: async (data) => Buffer.from(await sign(data)) },
       fields: ["@method", "@target-uri", "@authority", "content-type", "content-digest"],
       params: ["keyid", "alg", "created", "expires", "nonce", "tag"],
-      paramValues: { nonce: crypto.randomUUID(), tag: "farebox" },
+      paramValues: { nonce: randomUUID(), tag: "farebox" },
     },
     request,
   );

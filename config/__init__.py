@@ -10,6 +10,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 from urllib.parse import unquote, urlsplit
@@ -92,7 +93,7 @@ class Settings:
     # What no log may show: the instance's keys, what others are sent, and all that came by ${NAME}.
     secrets: frozenset[str]
 
-    @property
+    @cached_property
     def origin(self) -> str:
         """Scheme, host and port of our addresses, in normal form (RFC 9110, 4.2.3)."""
         parts = urlsplit(self.public_url)

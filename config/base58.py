@@ -6,11 +6,14 @@ _VALUES = {letter: value for value, letter in enumerate(_ALPHABET)}
 
 def decode(text: str, length: int) -> bytes | None:
     """The `length` bytes that a text spells, or None. Every value has one spelling."""
-    if len(text) > 2 * length or any(letter not in _VALUES for letter in text):
+    if len(text) > 2 * length:
         return None
     number = 0
     for letter in text:
-        number = number * 58 + _VALUES[letter]
+        value = _VALUES.get(letter)
+        if value is None:
+            return None
+        number = number * 58 + value
     zeros = len(text) - len(text.lstrip("1"))
     found = bytes(zeros) + number.to_bytes((number.bit_length() + 7) // 8, "big")
     return found if len(found) == length else None

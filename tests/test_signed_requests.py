@@ -903,6 +903,10 @@ TAMPERED: dict[str, Callable[[Honest], Asked]] = {
     "two signatures the other way round": lambda h: twice(h, "two", "sig"),
     "two signatures of one label": lambda h: twice(h, "sig", "sig"),
     "a stranger's signature before it": with_a_strangers,
+    "a second list that nothing is signed by": lambda h: h.input(
+        ';tag="farebox"', f';tag="farebox", two=({h.all}){h.parameters}'
+    ),
+    "something after the list": lambda h: h.input(';tag="farebox"', ';tag="farebox",'),
     "a second signature that nothing tells of": lambda h: h.signature_text(
         lambda t: f"{t}, two={t.removeprefix('sig=')}"
     ),
@@ -1156,6 +1160,10 @@ ACCEPTED: dict[str, Callable[[Honest], Asked]] = {
         headers={"X-Told": "one, two"},
         components=["x-told", "@method", "@target-uri", "content-digest"],
     ).having(X_Told="  one, two\t"),
+    "with a header of other letters": lambda h: h.by_hand(
+        f'{h.all} "x-told"', None,
+        [f"{M}: POST", f"{T}: {h.url}", f"{D}: {digest_of(h.body)}", '"x-told": \xe9t\xe9'],
+    ).having(X_Told="\xe9t\xe9"),
     "with its type": lambda h: h.by_hand(f'{h.all} "content-type"'),
     "by sha-512": digested(lambda b: digest_of(b, "sha-512")),
     "by both digests": digested(lambda b: f"{digest_of(b)}, {digest_of(b, 'sha-512')}"),

@@ -63,8 +63,8 @@ class WalletAuth:
 
     def __call__(self, request):
         url = urlsplit(str(request.url))
-        query = f"?{url.query}" if url.query else ""
-        target = (self.origin or f"{url.scheme}://{url.netloc}") + (url.path or "/") + query
+        path = getattr(request, "path_url", "") or request.url.raw_path.decode()  # as it is sent
+        target = (self.origin or f"{url.scheme}://{url.netloc}") + path
         body = request.content if hasattr(request, "content") else request.body or b""
         body = body.encode() if isinstance(body, str) else bytes(body)
         covered = {"@method": request.method, "@target-uri": target}

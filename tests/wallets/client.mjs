@@ -37,6 +37,7 @@ async function scenes(wallet) {
   const sent = { method: "POST", headers: json, body: JSON.stringify(text) };
   const paid = await signed(`${url}/api/v1/sms/send`, sent);
   const odd = await signed(new Request(`${url}/api/v1/up/ok/a%20b/%C3%BC?x=1&y=a+b%26&z#part`));
+  const bare = await signed(`${url}/api/v1/up/ok/a?`);
   const deleted = await signed(`${url}/api/v1/up/ok/gone`, { method: "DELETE" });
   const stream = await signed(`${url}/api/v1/up/sse/3`);
   const repeated = {
@@ -53,6 +54,7 @@ async function scenes(wallet) {
     before: before.credits,
     paid: { status: paid.status, charged: paid.headers.get("x-credits-charged"), body: await paid.json() },
     odd: await odd.json(),
+    bare: bare.status,
     deleted: deleted.status,
     stream: await stream.text(),
     again: [first.status, second.status, second.headers.get("idempotent-replayed")],

@@ -3,6 +3,8 @@ PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 python3.11 python3 p
 	command -v $$p >/dev/null 2>&1 && \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
+# Python compiles what it loads when it first loads it: much of what is installed is never loaded.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 # What the tests have from npm: an OpenID provider, axe-core, OpenAI's client, an EVM chain, wallets.
 NPM := $(patsubst %,tests/%/node_modules/.package-lock.json,openid axe openai x402 wallets)
 # And llama.cpp's server, where it comes ready built.
@@ -54,24 +56,21 @@ lock: .venv/uv ## pin what runs and all it needs, by hash
 
 .venv/uv: requirements-dev.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		$$(grep '^uv==' requirements-dev.txt)
+	@$(PIP) $$(grep '^uv==' requirements-dev.txt)
 	@touch $@
 
 .venv/installed: requirements.lock
 	@test -n "$(PYTHON)" || { echo "Farebox needs Python 3.11 or later."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
-		-r requirements.lock
+	@$(PIP) --require-hashes -r requirements.lock
 	@touch $@
 
 .venv/x402-installed: requirements-x402.lock .venv/installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
-		-r requirements-x402.lock
+	@$(PIP) --require-hashes -r requirements-x402.lock
 	@touch $@
 
 .venv/dev-installed: requirements-dev.txt .venv/installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@$(PIP) -r requirements-dev.txt
 	@touch $@
 
 # What cannot be installed here, the tests that need it are skipped.
@@ -83,12 +82,12 @@ tests/%/node_modules/.package-lock.json: tests/%/package.json tests/%/package-lo
 	else echo "npm ci failed: the tests that need what is in tests/$* will be skipped."; fi
 
 $(LLAMA): tests/llama/requirements.txt .venv/dev-installed
-	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: \
+	@if $(PIP) --only-binary :all: \
 		-r $< >/dev/null; then touch $@; \
 	else echo "There is no llama.cpp for this machine: the tests that need it will be skipped."; fi
 
 $(PAYERS): tests/x402/requirements.txt $(wildcard requirements-x402.txt) .venv/dev-installed
-	@if $(BIN)/python -m pip install --quiet --disable-pip-version-check --only-binary :all: \
+	@if $(PIP) --only-binary :all: \
 		$(patsubst %,-r %,$(filter %.txt,$^)) >/dev/null; then touch $@; \
 	else echo "The x402 client is not for this machine: the tests that need it will be skipped."; fi
 

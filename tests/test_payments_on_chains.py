@@ -1180,9 +1180,14 @@ def test_what_a_failed_call_has_left_is_spent_by_signing_and_then_paid_for_again
     assert (again.status, again.headers["Idempotent-Replayed"]) == (200, "true")
     assert (till.took(), books.credits(payer)) == (4, 0)
     assert len(upstream.hits("/ok/left")) == 2
+    offered = ask("POST", TOP_UP, b"{}")
+    assert (offered.status, offered.code) == (402, "payment_required")
+    more = ask("POST", TOP_UP, b"{}", PAYMENT_SIGNATURE=payer.header(challenge_of(offered)))
+    assert more.json() == {"success": True, "creditsAdded": 100, "credits": 100}
     found = books.of(payer)
     assert found is not None
-    assert books.entries(found.account) == [("topup", 2), ("capture", -2)] * 2
+    moved = [("topup", 2), ("capture", -2)]
+    assert books.entries(found.account) == [*moved, *moved, ("topup", 100)]
     payers = books.rows(
         "SELECT payer, status FROM call WHERE account_id = :a ORDER BY number", a=found.account
     )

@@ -337,6 +337,26 @@ def test_what_a_server_makes_of_a_request_is_refused_or_is_what_was_sent(
     assert ask(headers=sent) in (400, 401)
 
 
+def test_a_body_that_comes_in_chunks_is_signed_too(
+    holders: dict[str, Holder], upstream: Upstream
+) -> None:
+    who, path = holders["2 eip155"], "/api/v1/up/ok/chunks"
+
+    def send_chunks(*chunks: bytes, headers: dict[str, str]) -> int:
+        sent = headers | {"Content-Type": "application/json"}
+        with requests.Session() as session:
+            url = who.box.url + path
+            return session.post(url, iter(chunks), headers=sent, timeout=30).status_code
+
+    headers = who.headers("POST", path, b'{"n": 12}')
+    assert send_chunks(b'{"n"', b": 13}", headers=headers) == 401
+    assert send_chunks(b'{"n"', b": 12}", headers=headers) == 200
+    bare = who.headers("POST", path)
+    assert send_chunks(b"{}", headers=bare) == 401
+    assert send_chunks(headers=bare) == 200
+    assert [hit.body for hit in upstream.hits("/chunks")] == [b'{"n": 12}', b""]
+
+
 def test_a_signature_is_used_after_the_server_was_killed(
     box: Farebox, holders: dict[str, Holder], upstream: Upstream
 ) -> None:

@@ -1226,6 +1226,39 @@ def test_a_nonce_is_each_wallets_own(box: Box, kind: str) -> None:
     assert refused(one.get("/v1/account", nonce=nonce, label="other"))
 
 
+def test_a_body_is_signed_wherever_there_is_one(who: Holder) -> None:
+    """Also where nobody reads it."""
+    target, url = "/v1/account", f"{URL}/v1/account"
+    asked = Asked("GET", target, BODY, signed(who.key, "GET", url, BODY))
+    assert refused(send(who.box, replace(asked, body=BODY + b" ")))
+    assert refused(send(who.box, replace(asked, body=b"")))
+    assert send(who.box, asked).status == 200
+    uncovered = signed(who.key, "GET", url)
+    assert refused(send(who.box, Asked("GET", target, BODY, uncovered)))
+    assert send(who.box, Asked("GET", target, b"", uncovered)).status == 200
+
+
+def test_a_request_that_is_refused_for_another_reason_has_used_its_signature(
+    small_box: Box, kind: str
+) -> None:
+    who = holder(small_box, kind, credits=PRICE - 1)
+    reasons = {
+        402: (f"{FLAT}/ok/poor", b""),
+        404: (CHAT, b'{"model": "no such", "messages": []}'),
+        400: (CHAT, b"{"),
+    }
+    for status, (target, body) in reasons.items():
+        asked = Asked("POST", target, body, signed(who.key, "POST", URL + target, body))
+        assert send(small_box, asked).status == status
+        assert refused(send(small_box, asked)), status
+    # But for nothing at all nothing is kept: who comes too soon may come again.
+    target = f"{FLAT}/ok/poor"
+    asked = Asked("GET", target, b"", signed(who.key, "GET", URL + target))
+    assert [send(small_box, asked).status for _ in range(2)] == [429, 429]
+    small_box.run("UPDATE rate_window SET used = 0")
+    assert [send(small_box, asked).status for _ in range(2)] == [402, 401]
+
+
 @pytest.mark.parametrize("path", [f"{FLAT}/ok/mark", "/v1/account"])
 def test_the_address_is_what_stood_in_the_request_line(who: Holder, path: str) -> None:
     """An empty query is none, and yet it is another address."""

@@ -248,7 +248,13 @@ def javascript(box: Farebox, keys: tuple[SolanaKey, EvmKey]) -> dict[str, Any]:
     return found
 
 
-SIGNERS = ["solanaText", "solanaArray", "solanaFile", "tweetnacl", "viem"]
+SIGNERS = ["solanaText", "tweetnacl", "viem"]
+
+
+def test_javascript_reads_a_solana_key_in_the_forms_in_which_people_have_it(
+    javascript: dict[str, Any], keys: tuple[SolanaKey, EvmKey]
+) -> None:
+    assert javascript["forms"] == [keys[0].wallet] * 2 and javascript["aSignature"] == 200
 
 
 @pytest.mark.parametrize("name", SIGNERS)

@@ -96,7 +96,9 @@ async function elsewhere(wallet) {
 }
 
 const found = { elsewhere: await elsewhere(wallets.viem) };
-for (const [name, wallet] of Object.entries(wallets)) found[name] = await scenes(wallet);
+for (const name of ["solanaText", "tweetnacl", "viem"]) found[name] = await scenes(wallets[name]);
+found.forms = [wallets.solanaArray.id, wallets.solanaFile.id];
+found.aSignature = await signing(wallets.solanaArray)(`${url}/api/v1/account`).then((a) => a.status);
 found.libraries = {
   tweetnacl: await library(told.solana.id, "ed25519", (data) => nacl.sign.detached(data, secret)),
   viem: await library(`eip155:${account.address}`, "eip191", async (data) => {

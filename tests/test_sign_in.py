@@ -715,7 +715,7 @@ def test_a_person_sees_their_sign_ins_and_ends_one(box: Box) -> None:
     text = page.body.decode()
     assert "Away &lt;script&gt;" in text and "<script>" not in text and "<img" not in text
     assert "x" * 200 in text and "x" * 201 not in text
-    assert text.count("this browser") == 1
+    assert text.count("<strong>this browser</strong>") == 1
     assert re.search(r"password · <strong>this browser</strong><br>\s*<span[^>]*>10\.1\.", text)
     newest, oldest = forms_to(page, ENDINGS)
     ended = here.submit("/dashboard/settings", oldest)

@@ -512,7 +512,7 @@ def test_a_form_does_behind_any_leader_what_it_does_alone(
 
 # Who may not, may not behind somebody who may.
 
-OWNERS_ONLY = re.compile("<key_id>|<member_id>|/members$")
+OWNERS_ONLY = re.compile("<key_id>|<member_id>|/members$|/wallets")
 
 
 def test_a_member_stays_refused_behind_the_owner(stage: Stage, queue: Queue) -> None:

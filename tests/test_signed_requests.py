@@ -780,6 +780,9 @@ TAMPERED: dict[str, Callable[[Honest], Asked]] = {
     "a bad digest and a good one": digested(
         lambda b: f"{digest_of(b'{}', 'sha-512')}, {digest_of(b)}"
     ),
+    "two digests with two spaces": digested(
+        lambda b: f"{digest_of(b)},  {digest_of(b, 'sha-512')}"
+    ),
     "a digest twice": digested(lambda b: f"{digest_of(b)}, {digest_of(b)}"),
     "a digest added": digest(lambda d: f"{d}, {digest_of(BODY, 'sha-512')}"),
     # When
@@ -1379,7 +1382,7 @@ def test_a_used_signature_is_refused_at_any_time_after(box: Box, kind: str, hand
         assert was_kept[-1] == 0  # it was forgotten
 
 
-def test_a_clock_that_steps_back_ten_minutes_takes_no_signature_twice(
+def test_a_clock_that_steps_back_an_hour_takes_no_signature_twice(
     box: Box, kind: str, hand: Clock
 ) -> None:
     who, at = holder(box, kind), hand.now
@@ -1388,7 +1391,7 @@ def test_a_clock_that_steps_back_ten_minutes_takes_no_signature_twice(
         signed(who.key, "GET", f"{URL}/v1/account", created=hand.now // 1000),
     )  # fmt: skip
     assert send(box, asked).status == 200
-    hand.forward(seconds=600)
+    hand.forward(seconds=300 + 3600)  # an hour after it would have been taken
     upkeep.tidy(box.instance)
     hand.now = at
     assert refused(send(box, asked))

@@ -21,7 +21,7 @@ from facilitator import DROP, Asked, Facilitator
 from injected_wallet import ICON, REFUSED, Injected, WalletError, inject
 from market import TOP_UP, UNITS_PER_CREDIT, Books, challenge_of, x402_toml
 from payers import EvmWallet
-from playwright.sync_api import Locator, Page, Route, expect
+from playwright.sync_api import Locator, Route, expect
 from screen import NARROW, WIDE, OpenScreen, Screen, look
 from server import Farebox
 from signers import EvmKey, Key, SolanaKey
@@ -734,6 +734,19 @@ def test_what_is_refused_or_cannot_be_paid_moves_nothing_and_can_be_tried_again(
         expect(news(screen)).to_have_text("Choose a whole number of credits from 10 to 50,000.")
         expect(page.get_by_label("Credits", exact=True)).to_be_focused()
     page.get_by_label("Credits", exact=True).fill("20")
+    signed = len(wallet.typed)
+
+    def dearer(route: Route) -> None:
+        asked = route.fetch()
+        told = asked.json()
+        told["accepts"][0]["amount"] = "200001"
+        route.fulfill(response=asked, json=told)
+
+    page.route(f"**{TOP_UP}", dearer)
+    pay(screen, wallet)
+    expect(news(screen)).to_have_text("The price has changed. Load this page again.")
+    assert len(wallet.typed) == signed
+    page.unroute_all()
     pay(screen, wallet)
     expect(news(screen)).to_contain_text("Added 20 credits for 0.20 USDC.")
     assert chain.balance(payee) - earned == 20 * UNITS_PER_CREDIT
@@ -875,16 +888,17 @@ def test_every_page_with_wallets_can_be_used_by_everybody(
         Injected(SolanaKey(), name="Third", icon=None),
     )  # fmt: skip
     screen = at(box, *several, **window)
-    look(screen, "/login")
-    look(screen, "/signup")
+    look(screen, "/login" if window is DESKTOP else "/signup")
     somebody(screen, wallet.key, "/dashboard/settings")
     look(screen, "/dashboard/settings")
-    look(screen, f"/dashboard/settings/wallets/unlink?wallet={wallet.key.wallet}")
-    page: Page = look(screen, "/dashboard/billing")
+    if window is PHONE:
+        look(screen, f"/dashboard/settings/wallets/unlink?wallet={wallet.key.wallet}")
+    page = screen.open("/dashboard/billing")
     account = page.locator("#pay").get_attribute("data-account")
     page.evaluate(
         "(account) => sessionStorage.setItem(`farebox-payment-${account}`, JSON.stringify("
         "{header: 'e30=', body: '{}', credits: 100, units: '1000000', title: 'Base'}))",
         account,
     )
-    look(screen, "/dashboard/billing?unsure")
+    look(screen, "/dashboard/billing")
+    expect(page.get_by_role("button", name="Send it again")).to_be_visible()

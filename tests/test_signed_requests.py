@@ -1299,6 +1299,14 @@ def test_an_address_begins_as_the_instance_is_known_by(
         assert send(box, Asked("GET", target, b"", sent)).status == 200
 
 
+def test_a_request_cannot_use_up_the_nonce_of_a_message(who: Holder) -> None:
+    made = who.box.post("/api/v1/wallets/challenge", value={"wallet": who.key.wallet}).json()
+    assert who.get("/v1/account", nonce=made["nonce"]).status == 200
+    signature = who.key.sign_text(made["message"])
+    body = {"message": made["message"], "signature": signature}
+    assert who.box.post("/api/v1/session-tokens", value=body).status == 201
+
+
 def test_a_large_body_is_signed_as_a_small_one(who: Holder, upstream: Upstream) -> None:
     body, target = secrets.token_bytes(500_000), f"{FLAT}/ok/large"
     asked = Asked("POST", target, body, signed(who.key, "POST", URL + target, body))

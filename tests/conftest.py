@@ -26,7 +26,7 @@ StartFarebox = Callable[..., Farebox]
 LONGEST = [
     "test_dashboard_on_screen.py", "test_ledger.py", "test_pages_basics.py", "test_llm_pages.py",
     "test_first_run.py", "test_faults.py", "test_crash.py", "test_payments_pages.py",
-    "test_facilitator_faults.py", "test_payment_races.py",
+    "test_facilitator_faults.py", "test_payment_races.py", "test_wallet_pages.py",
 ]  # fmt: skip
 
 

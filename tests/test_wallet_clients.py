@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +171,8 @@ def test_httpx_signs_with_the_same_auth(box: Farebox, kind: str) -> None:
             answers = await asyncio.gather(*(client.post(SMS, json=TEXT) for _ in range(5)))
             return [answer.status_code for answer in answers]
 
-    assert asyncio.run(at_once()) == [200] * 5
+    with ThreadPoolExecutor(1) as aside:  # a browser of other tests may have its loop in this one
+        assert aside.submit(lambda: asyncio.run(at_once())).result(60) == [200] * 5
 
 
 def test_the_openai_client_pays_with_a_wallet_in_place_of_a_key(box: Farebox) -> None:

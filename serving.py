@@ -51,6 +51,7 @@ class Worker(gthread.ThreadWorker):
 
     _quitting = False
     _busy = 0  # connections given to the threads
+    _owes_a_turn = False  # whether a request has ended since a connection was accepted
     instance: Instance | None = None  # what is served, once it is
 
     def enqueue_req(self, conn: Any) -> None:
@@ -61,16 +62,23 @@ class Worker(gthread.ThreadWorker):
 
     def finish_request(self, conn: Any, fs: Any) -> None:
         self._busy -= 1
+        self._owes_a_turn = True
         super().finish_request(conn, fs)
 
     def set_accept_enabled(self, enabled: bool | None) -> None:
-        """Accept no more than there are threads for.
+        """Accept no more than there are threads for; and one more whenever a request has ended.
 
         What a worker has accepted waits for its threads alone: while they are busy with streams
-        for minutes, those of another worker may be idle. Asked in every turn of the loop, which
-        the end of a request begins anew.
+        for minutes, those of another worker may be idle. But where requests end, connections that
+        are kept would have every thread again before a new one had its turn. Asked in every turn
+        of the loop, which the end of a request begins anew.
         """
-        super().set_accept_enabled(bool(enabled) and self._busy < self.cfg.threads)
+        has_room = self._busy < self.cfg.threads or self._owes_a_turn
+        super().set_accept_enabled(bool(enabled) and has_room)
+
+    def accept(self, listener: Any) -> None:
+        self._owes_a_turn = False
+        super().accept(listener)
 
     def handle_exit(self, sig: Any, frame: Any) -> None:
         """Stop when what is in flight has ended. A stream is ended early enough to be charged."""

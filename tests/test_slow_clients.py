@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import signal
 import socket
@@ -185,3 +186,41 @@ def test_a_worker_told_to_quit_while_it_hands_on_a_request_does_so() -> None:
         [sys.executable, "-c", QUIT_IN_SUBMIT], timeout=30, capture_output=True, text=True
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
+def test_who_is_new_has_a_turn_though_others_always_ask_again(
+    start_farebox: StartFarebox, upstream_server: Upstream
+) -> None:
+    """Connections that are kept, and never idle, are more than there are threads."""
+    box = start_farebox(config(upstream_server), workers=1, threads=2)
+    _, key = box.account(10**6)
+    ended = threading.Event()
+    served = [0] * 8
+
+    def ask(connection: http.client.HTTPConnection) -> None:
+        connection.request("GET", "/api/v1/up/slow/30", headers={"Authorization": f"Bearer {key}"})
+        answer = connection.getresponse()
+        answer.read()
+        assert answer.status == 200
+
+    def ask_again_and_again(number: int, connection: http.client.HTTPConnection) -> None:
+        while not ended.is_set():
+            ask(connection)
+            served[number] += 1
+
+    with contextlib.ExitStack() as stack:
+        kept = [http.client.HTTPConnection("127.0.0.1", box.port, timeout=30) for _ in served]
+        for connection in kept:  # each is kept before the next one comes
+            stack.callback(connection.close)
+            ask(connection)
+        busy = [threading.Thread(target=ask_again_and_again, args=each) for each in enumerate(kept)]
+        for thread in busy:
+            thread.start()
+        try:
+            until(lambda: min(served) > 2, what="all of them are served again and again")
+            for _ in range(5):
+                assert box.healthy(timeout=3)
+        finally:
+            ended.set()
+            for thread in busy:
+                thread.join()

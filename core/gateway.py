@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from config import UpstreamSection
-from core import access, clock, errors, idempotency, limits
+from core import access, clock, errors, idempotency, ledger, limits
 from core.access import Principal
 from core.adapters import Adapter, Charge, Course, Inbound, Order, Receipt, llm
 from core.adapters.forward import Forward
@@ -41,7 +41,6 @@ ADAPTERS: dict[str, Adapter] = {
 WHOLE_BYTES = MIB
 # These speak of the operator's credentials upstream, which are not the caller's business.
 _OPERATORS_FAULT = frozenset({401, 403, 407})
-_NO_LIMIT = 10**9
 _LARGE_BODY = 64 * 1024  # reading one costs more than asking for the rate first
 # So long the upstream's count is waited for when a caller has left after the last word.
 _HEAR_OUT_SECONDS = 1.0
@@ -93,7 +92,7 @@ def serve(instance: Instance, request: Request) -> Reaction:
     if isinstance(order, Order) and order.model is not None:
         access.authorize_model(principal, order.model)
     call = _call(instance, route, principal, request, order)
-    most_calls = instance.settings.limits.concurrent_calls if principal.pays else _NO_LIMIT
+    most_calls = instance.settings.limits.concurrent_calls if principal.pays else ledger.NO_LIMIT
     tender = None if till is None else till.tender(principal, order, call.idempotency_key)
     admission = instance.db.write(
         lambda tx: admit(tx, principal, call, order, inbound, most_calls, tender),

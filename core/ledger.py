@@ -13,6 +13,7 @@ from core.daily import Ended
 from models import Database, Tx
 
 LARGEST_AMOUNT = 10**15
+NO_LIMIT = 10**9  # of calls in flight
 _ENTRY = "number, id, created_at, kind, amount, balance, reference, note"
 OPERATOR_ACCOUNT = "acct_operator"
 

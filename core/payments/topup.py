@@ -17,8 +17,6 @@ from core.payments.records import Record
 from core.payments.till import Till, payment_required
 from models import Tx
 
-_NO_LIMIT = 10**9  # of calls in flight: buying credits is none
-
 
 class Body(msgspec.Struct, forbid_unknown_fields=True):
     """How many credits; the default of the config when it does not say."""
@@ -110,7 +108,7 @@ def _admit(
     if not isinstance(tender, Tender):
         return _Admission(rate, refusal=tender or payment_required())
     if principal.account_id:
-        closed = ledger.why_not_held(tx, principal.account_id, 0, _NO_LIMIT)
+        closed = ledger.why_not_held(tx, principal.account_id, 0, ledger.NO_LIMIT)
         if closed is not None:
             return _Admission(rate, refusal=closed)
     claimed = claims.claim(tx, tender, now)
